@@ -1,0 +1,1 @@
+"""The router: OpenAI-format HTTP in front of Triton. Knows neither torch nor transformers."""

