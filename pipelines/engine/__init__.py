@@ -1,7 +1,7 @@
 """The engine's interface: requests in, tokens out, one step at a time.
 
-An engine knows no Triton, no text and no clock but the one it is given. It is driven by one thread, which calls
-`submit`, `cancel` and `step`; `pipelines.generate` owns that thread. Ten lines drive one by hand:
+An engine knows no Triton, no text and no clock but the one it is given. It is driven by one thread, which
+calls `submit`, `cancel` and `step`; `pipelines.generate` owns that thread. Ten lines drive one by hand:
 
     engine = EchoEngine(Limits(context=8192, eos_ids=frozenset({2})))
     engine.submit(Request("a", [5, 6, 7], Sampling(max_tokens=3)))
@@ -21,7 +21,7 @@ from pipelines.sampling import Sampling
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model allows: its context in tokens (prompt and answer together) and the ids that end an answer."""
+    """What the model allows: its context in tokens (prompt and answer together), and the end ids."""
 
     context: int
     eos_ids: frozenset[int]
@@ -29,7 +29,7 @@ class Limits:
 
 @dataclass
 class Request:
-    """One prompt to continue. `stops_at` is told each new token and answers whether a stop string is now complete."""
+    """One prompt to continue. `stops_at` is told each new token, says whether a stop string is complete."""
 
     id: str
     input_ids: Sequence[int]
@@ -37,11 +37,12 @@ class Request:
     stops_at: Callable[[int], bool] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Output:
-    """What one step produced for one request. The last one carries `finish_reason`: stop, length, cancelled or error.
+    """What one step produced for one request. The last has a `finish_reason`: stop, length, cancelled, error.
 
-    The end-of-sequence token is part of `token_ids` (it was generated, and usage counts it); the token that
+    The end-of-sequence token is part of `token_ids` (it was generated, and usage counts it), and so is the
+    token that completes a stop string. Not frozen, though nobody changes one: a frozen one is slow to make.
     """
 
     id: str
@@ -52,7 +53,11 @@ class Output:
 
 @dataclass
 class Counters:
-    """The engine's own counts, since it started; `running` and `waiting` are as of now."""
+    """The engine's own counts, since it started; `running` and `waiting` are as of now.
+
+    Every request ends in exactly one of `finished` (stop, length or error) and `cancelled`. `prompt_tokens`
+    counts the prompts that were admitted, `steps` the passes that produced something.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -64,17 +69,23 @@ class Counters:
 
 
 class Engine(Protocol):
-    """Continuous batching behind four calls. `step` runs one pass over all running requests: admit, forward, sample, emit."""
+    """Continuous batching behind four calls. A `step` is: admit, forward, sample, emit, for all that run."""
 
     counters: Counters
 
-    def submit(self, request: Request) -> None: ...
+    def submit(self, request: Request) -> None:
+        """Queue a request. Its id must not be that of one in flight: that is a ValueError."""
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request. Its last output, with finish_reason `cancelled`, comes from the next step; unknown ids are ignored."""
+        """Stop a request: the next step gives its last output, `cancelled`. An unknown id is ignored."""
 
-    def step(self) -> list[Output]: ...
+    def step(self) -> list[Output]:
+        """What one pass produced, at most one output for each request."""
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there are requests whose last output has not been given yet."""
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds until a step would produce something; the driver waits that long. 0 if it has no pace."""

@@ -1,0 +1,98 @@
+"""The app: its routes, its state, and which exceptions become responses. Knows a `Backend`, no Triton."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway import protocol
+from gateway.admission import Admission
+from gateway.backend import Backend
+from gateway.errors import ApiError, handle
+from gateway.generation import Generation, model_not_found
+from gateway.middleware import RequestContext
+from gateway.protocol import CHAT, COMPLETION
+from gateway.settings import Settings
+from gateway.state import AppState, state_of
+from observability import metrics
+from pipelines.errors import StageError
+
+
+def create_app(
+    backend: Backend,
+    settings: Settings,
+    lifespan: Callable[[], AbstractAsyncContextManager[None]] | None = None,
+) -> Starlette:
+    """The gateway over a backend. `lifespan` is entered before the first request, left after the last."""
+    admission = Admission(settings.max_concurrency, settings.max_queue)
+
+    @asynccontextmanager
+    async def with_state(app: Starlette) -> AsyncIterator[AppState]:
+        async with lifespan() if lifespan else nullcontext():
+            yield AppState(backend=backend, settings=settings, admission=admission, started=int(time.time()))
+
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(RequestContext)],
+        exception_handlers={StageError: handle, ApiError: handle, HTTPException: handle},
+        lifespan=with_state,
+    )
+    app.router.redirect_slashes = False  # an unknown URL is a 404, not a way to another one
+    return app
+
+
+async def list_models(request: Request) -> Response:
+    state = state_of(request.scope)
+    return _json(protocol.model_list(sorted(state["backend"].pipelines()), state["started"]))
+
+
+async def get_model(request: Request) -> Response:
+    state = state_of(request.scope)
+    name: str = request.path_params["id"]
+    if name not in state["backend"].pipelines():
+        raise model_not_found(name)
+    return _json(protocol.model_object(name, state["started"]))
+
+
+async def live(request: Request) -> Response:
+    """The process answers; nothing is said of the pipelines."""
+    return _json({"status": "live"})
+
+
+async def ready(request: Request) -> Response:
+    """200 only if every served pipeline can answer now, and there is one."""
+    backend = state_of(request.scope)["backend"]
+    served = sorted(backend.pipelines())
+    not_ready = [name for name in served if not backend.ready(name)]
+    if served and not not_ready:
+        return _json({"status": "ready", "not_ready": []})
+    return _json({"status": "not ready", "not_ready": not_ready}, status=503)
+
+
+async def show_metrics(request: Request) -> Response:
+    data, media_type = metrics.render(request.headers.get("accept", ""))
+    return Response(data, headers={"content-type": media_type})
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+ROUTES = [
+    Route("/v1/chat/completions", Generation(CHAT), methods=["POST"]),
+    Route("/v1/completions", Generation(COMPLETION), methods=["POST"]),
+    Route("/v1/models", list_models),
+    Route("/v1/models/{id:path}", get_model),
+    Route("/health/live", live),
+    Route("/health/ready", ready),
+    Route("/metrics", show_metrics),
+]

@@ -1,0 +1,120 @@
+"""The command `triptych`: serve, pull, pipelines, doctor. Errors a user can mend are one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+
+from gateway.settings import Settings, SettingsError
+from pipelines.pipeline import DEFAULT, CatalogError, get_pipeline, load_catalog
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (CatalogError, SettingsError) as error:
+        return _say(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from gateway.serve import serve
+    from gateway.triton import TritonError
+
+    try:
+        return serve(_settings(options), [get_pipeline(name) for name in options.pipeline or [DEFAULT]])
+    except TritonError as error:
+        return _say(error)
+
+
+def _pull(options: argparse.Namespace) -> int:
+    get_pipeline(options.name)
+    return subprocess.run([sys.executable, "-m", "pipelines.sources", options.name]).returncode
+
+
+def _pipelines(options: argparse.Namespace) -> int:
+    from pipelines.sources import is_pulled, size_on_disk
+
+    ready = _ready(_settings(options))
+    rows = [("NAME", "STATE", "ENGINE", "SIZE", "LICENCE", "SOURCE")]
+    for pipeline in load_catalog().values():
+        pulled = is_pulled(pipeline)
+        state = "ready" if pipeline.name in ready else "pulled" if pulled else "not pulled"
+        size = f"{size_on_disk(pipeline) / 1e6:.0f} MB" if pulled else f"{pipeline.size_mb} MB to pull"
+        rows.append((pipeline.name, state, pipeline.engine, size, pipeline.licence, pipeline.source))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gateway.doctor import doctor
+
+    return doctor(_settings(options))
+
+
+def _ready(settings: Settings) -> set[str]:
+    """The pipelines that a running gateway can answer for; none if there is no gateway."""
+    base = f"http://{settings.host}:{settings.port}"
+    try:
+        with urllib.request.urlopen(f"{base}/v1/models", timeout=1) as response:
+            served = {model["id"] for model in json.load(response)["data"]}
+        try:
+            with urllib.request.urlopen(f"{base}/health/ready", timeout=1) as response:
+                health = json.load(response)
+        except urllib.error.HTTPError as error:
+            health = json.load(error)
+        return served - set(health["not_ready"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given = {key: getattr(options, key, None) for key in ("host", "port")}
+    port = getattr(options, "triton_grpc_port", None)
+    given["triton_grpc"] = f"127.0.0.1:{port}" if port else None
+    return dataclasses.replace(Settings.from_env(), **{key: value for key, value in given.items() if value is not None})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="triptych", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start Triton and the gateway")
+    serve.add_argument("--host", help="address of the gateway (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port of the gateway (8080)")
+    serve.add_argument("--triton-grpc-port", type=int, help="Triton's gRPC port (8001); HTTP is the one below, metrics the one above")
+    serve.add_argument("--pipeline", action="append", metavar="NAME", help=f"a pipeline to serve, repeatable ({DEFAULT})")
+    serve.set_defaults(run=_serve)
+
+    pull = commands.add_parser("pull", help="fetch a pipeline's weights")
+    pull.add_argument("name", metavar="NAME")
+    pull.set_defaults(run=_pull)
+
+    pipelines = commands.add_parser("pipelines", help="list the catalog: state, source, size")
+    pipelines.add_argument("--host", help="where a gateway may be running (127.0.0.1)")
+    pipelines.add_argument("--port", type=int, help="its port (8080)")
+    pipelines.set_defaults(run=_pipelines)
+
+    doctor = commands.add_parser("doctor", help="check what serving needs")
+    doctor.add_argument("--port", type=int, help="the gateway's port to check (8080)")
+    doctor.add_argument("--triton-grpc-port", type=int, help="Triton's gRPC port to check (8001)")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _say(error: Exception) -> int:
+    print(f"triptych: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The client's end of an ASGI connection: its headers, its body within bounds, its leaving.
+
+Knows nothing of what the body holds or of what is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from starlette.types import Receive, Scope
+
+from gateway.errors import ApiError, ClientGone
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """The first header of that (lower-case) name, or ""."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return ""
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body. One announced or found to be longer than `limit` is a 413; no more of it is read."""
+    announced = header(scope, b"content-length")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work` to its end or until the client leaves: then cancels it at once, and raises ClientGone."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        worker.cancel()
+        await asyncio.wait((worker,))
+        if not worker.cancelled():
+            worker.result()  # it ended, or failed, in the same moment
+        raise ClientGone
+    finally:
+        watcher.cancel()
+        worker.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")

@@ -1,0 +1,246 @@
+"""The lanes to Triton: one gRPC stream a pipeline, which carries all its requests (DESIGN §3). Implements `Backend`.
+
+Written on the generated gRPC messages, not on tritonclient's own classes: those cost 60-140 µs a response, and cannot
+submit and cancel on the stream they read. Knows no HTTP and no OpenAI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from gateway.backend import Delta, Submission
+from observability import metrics
+from pipelines import contracts, wire
+from pipelines.chat import HEARTBEAT_S, Event
+from pipelines.errors import StageError
+from pipelines.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+ROTATE_AFTER = 1000  # messages: a response stream that never ends grows the server by 2 KB each (DESIGN §3)
+SILENT_S = 5 * HEARTBEAT_S  # a lane without a message for so long is dead
+_RECONNECT_S = 0.5
+_MAX_MESSAGE = 64 * 1024 * 1024
+
+
+class LaneStream:
+    """One request's deltas, as they come from its lane (`gateway.backend.Stream`)."""
+
+    def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
+        self.id = id
+        self._cancel = cancel
+        self._deltas: deque[Delta] = deque()
+        self._error: StageError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+
+    async def next(self) -> Delta:
+        """What has come since the last call, as one delta: a slow client gets larger ones."""
+        while not self._deltas:
+            if self._error:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        delta = self._deltas.popleft()
+        while self._deltas:
+            later = self._deltas.popleft()
+            prompt_tokens = delta.prompt_tokens or later.prompt_tokens
+            delta = later._replace(texts=delta.texts + later.texts, prompt_tokens=prompt_tokens)
+        return delta
+
+    def cancel(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._cancel(self.id)
+
+    def push(self, event: Event) -> None:
+        if event.error:
+            self.fail(event.error)
+            return
+        self._ended = bool(event.finish_reason)
+        self._deltas.append(
+            Delta(event.texts, event.finish_reason, event.prompt_tokens, event.completion_tokens, event.stages)
+        )
+        self._notify()
+
+    def fail(self, error: StageError) -> None:
+        self._ended, self._error = True, error
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Lane:
+    """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
+
+    def __init__(self, pipeline: Pipeline, stub: Any) -> None:
+        self.pipeline = pipeline
+        self._stub = stub
+        self._model = contracts.model_name(pipeline.name, "orchestrator")
+        self._listener = f"gateway-{os.getpid()}-{os.urandom(4).hex()}"
+        self._streams: dict[str, LaneStream] = {}
+        self._out: asyncio.Queue[Any] = asyncio.Queue()
+        self._heard = 0.0
+        self._numbers = 0
+        self._messages = 0
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._heard) and time.monotonic() - self._heard < SILENT_S
+
+    async def submit(self, submission: Submission) -> LaneStream:
+        if not self.ready:
+            raise StageError(
+                f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable"
+            )
+        stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel)
+        parameters = {"listener": self._listener, contracts.OPERATION: "submit"}
+        if submission.traceparent:
+            parameters["traceparent"] = submission.traceparent
+        texts = {**submission.inputs, contracts.SAMPLING.name: submission.sampling}
+        self._send(submission.id, parameters, texts)
+        return stream
+
+    async def run(self) -> None:
+        """Until cancelled: connect, read, and connect again when the lane has died."""
+        while True:
+            try:
+                await self._connect()
+                reason = "the lane was closed"
+            except (grpc.RpcError, asyncio.TimeoutError, _LaneError) as error:
+                reason = error.details() or str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            except asyncio.CancelledError:
+                self._lose("the gateway is shutting down")
+                raise
+            if self._heard:
+                log.warning("lane of %s lost: %s", self.pipeline.name, reason)
+            self._lose(reason)
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def close(self) -> None:
+        """Let the orchestrator finish the lane: Triton waits for open requests when it stops."""
+        self._send("", {"listener": self._listener, contracts.OPERATION: "close"})
+        self._out.put_nowait(None)
+
+    async def _connect(self) -> None:
+        self._out, self._messages = asyncio.Queue(), 0
+        self._open()
+        call = self._stub.ModelStreamInfer(self._requests(self._out))
+        try:
+            while True:
+                response = await asyncio.wait_for(call.read(), SILENT_S)
+                if response is grpc.aio.EOF:
+                    return
+                self._take(response)
+        except asyncio.TimeoutError:
+            raise _LaneError(f"no heartbeat for {SILENT_S:g} s") from None
+        finally:
+            call.cancel()
+
+    async def _requests(self, queue: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+        while (request := await queue.get()) is not None:
+            yield request
+
+    def _open(self) -> None:
+        self._numbers += 1
+        self._send(f"lane-{self._numbers}", {"listener": self._listener, contracts.OPERATION: "lane"})
+
+    def _cancel(self, id: str) -> None:
+        self._streams.pop(id, None)
+        self._send("", {"listener": self._listener, contracts.OPERATION: "cancel", "id": id})
+
+    def _send(self, id: str, parameters: Mapping[str, str], texts: Mapping[str, str] | None = None) -> None:
+        request = service_pb2.ModelInferRequest(model_name=self._model, id=id)
+        for key, value in parameters.items():
+            request.parameters[key].string_param = value
+        for name, text in (texts or {}).items():
+            request.inputs.add(name=name, datatype="BYTES", shape=[1])
+            data = text.encode()
+            request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
+        self._out.put_nowait(request)
+
+    def _take(self, response: Any) -> None:
+        """One response: a lane message, or the error of one of our requests."""
+        if response.error_message:
+            stream = self._streams.pop(response.infer_response.id, None)
+            error = StageError.from_text(response.error_message, stage="orchestrator")
+            if stream is None:
+                raise _LaneError(error.message)
+            stream.fail(error)
+            return
+        self._heard = time.monotonic()
+        for packed in response.infer_response.raw_output_contents:
+            events, counters = wire.unpack_events(packed[4:])  # a BYTES element begins with its length
+            for event in events:
+                self._share(event)
+            if counters:
+                metrics.engine_counters(self.pipeline.name, counters)
+        metrics.LANE_MESSAGES.labels(self.pipeline.name).inc()
+        self._messages += 1
+        if self._messages >= ROTATE_AFTER:
+            self._messages = 0
+            self._open()
+
+    def _share(self, event: Event) -> None:
+        stream = self._streams.pop(event.id, None) if event.last else self._streams.get(event.id)
+        if stream:
+            stream.push(event)
+
+    def _lose(self, reason: str) -> None:
+        """The lane has died: whoever waits on it is told."""
+        self._heard = 0.0
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(StageError(f"pipeline '{self.pipeline.name}' was lost: {reason}", code="unavailable"))
+
+
+class _LaneError(Exception):
+    """The lane cannot be used."""
+
+
+class Lanes:
+    """The lanes of all pipelines served, on one channel (`gateway.backend.Backend`)."""
+
+    def __init__(self, target: str, pipelines: Mapping[str, Pipeline]) -> None:
+        self._target = target
+        self._pipelines = dict(pipelines)
+        self._lanes: dict[str, Lane] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._channel: Any = None
+
+    async def __aenter__(self) -> Lanes:
+        options = [("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.max_send_message_length", _MAX_MESSAGE)]
+        self._channel = grpc.aio.insecure_channel(self._target, options=options)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._lanes = {name: Lane(pipeline, stub) for name, pipeline in self._pipelines.items()}
+        self._tasks = [asyncio.create_task(lane.run(), name=f"lane {name}") for name, lane in self._lanes.items()]
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        for lane in self._lanes.values():
+            await lane.close()
+        await asyncio.sleep(0.05)  # for the close requests to go out
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+
+    def pipelines(self) -> Mapping[str, Pipeline]:
+        return self._pipelines
+
+    def ready(self, pipeline: str) -> bool:
+        return pipeline in self._lanes and self._lanes[pipeline].ready
+
+    async def submit(self, submission: Submission) -> LaneStream:
+        return await self._lanes[submission.pipeline].submit(submission)

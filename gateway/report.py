@@ -1,0 +1,239 @@
+"""What a generation request tells of itself: spans, metrics, log line, Server-Timing. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from starlette.types import Scope
+
+from gateway.backend import Delta
+from gateway.connection import header
+from gateway.errors import ClientGone, Failure, failure_of
+from gateway.protocol import GenerationRequest, Operation
+from gateway.sse import Written
+from gateway.state import state_of
+from observability import metrics, tracing
+from observability.tracing import NO_SPAN, Span
+from pipelines.errors import StageError
+
+log = logging.getLogger(__name__)
+
+CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; no client ever sees it
+
+
+class Report:
+    """`with Report(…) as report:` around all of a request; its methods around the parts."""
+
+    def __init__(self, scope: Scope, operation: Operation) -> None:
+        state = state_of(scope)
+        self.request_id = state["request_id"]
+        self._timings = state["timings"]
+        self._operation = operation
+        self._pipeline = ""  # until it is known to be one of the catalog's: an unknown name is never a label
+        self._began = time.perf_counter()
+        self._submitted = self._began
+        self._first_text_at = 0.0
+        self._last: Delta | None = None
+        self._failure: Failure | None = None
+        self._chat: Span = NO_SPAN
+        self._server = tracing.start(
+            f"{scope['method']} {operation.path}",
+            kind="server",
+            parent=header(scope, b"traceparent") or None,
+            attributes=_http_attributes(scope, operation, self.request_id),
+        )
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        gone = isinstance(error, (ClientGone, asyncio.CancelledError))
+        if gone:
+            status, reason = CLIENT_CLOSED, "disconnected"
+        elif failure := failure_of(error, self.request_id) if error else self._failure:
+            status, reason = failure.status, failure.code
+            _mark(self._server, failure)
+        else:
+            status, reason = 200, ""
+        # A stream that failed had sent its 200 before, so that is what HTTP saw.
+        self._server.set(
+            {
+                "http.response.status_code": 200 if self._failure else status,
+                "error.type": reason or None,
+            }
+        )
+        self._count(status, reason)
+        self._server.end()
+
+    def served(self, request: GenerationRequest) -> None:
+        """The model is one of those served."""
+        self._pipeline = request.model
+
+    @contextmanager
+    def admission(self, depth: int) -> Iterator[None]:
+        """Around the wait for a place, with `depth` requests before it."""
+        began = time.perf_counter()
+        queued = metrics.QUEUED.labels(self._pipeline)
+        queued.inc()
+        span = tracing.start("admission", parent=self._server, attributes={"triptych.queue.depth": depth})
+        with _ending(span):
+            try:
+                yield
+            finally:
+                queued.dec()
+                self._timings["admission"] = waited = (time.perf_counter() - began) * 1000
+                span.set({"triptych.queue.wait_ms": waited})
+
+    @contextmanager
+    def generation(self, request: GenerationRequest, response_id: str) -> Iterator[Span]:
+        """Around the pipeline's work. The span's traceparent goes to the pipeline: its stages hang below."""
+        name = self._operation.name
+        if self._server is not NO_SPAN:
+            attributes = _gen_ai_attributes(name, request, response_id)
+            title = f"{name} {request.model}"
+            self._chat = tracing.start(title, kind="client", parent=self._server, attributes=attributes)
+        in_flight = metrics.IN_FLIGHT.labels(self._pipeline)
+        in_flight.inc()
+        self._submitted = time.perf_counter()
+        try:
+            with _ending(self._chat):
+                yield self._chat
+        finally:
+            in_flight.dec()
+
+    def accepted(self, first: Delta) -> None:
+        """The pipeline took the request: a stream's headers go out, and say what is known by then."""
+        self._timings.update(first.stages or {"accepted": (time.perf_counter() - self._submitted) * 1000})
+
+    @contextmanager
+    def writing(self, written: Written) -> Iterator[None]:
+        """The `sse.write` span, around a stream from its headers to its last byte."""
+        span = tracing.start("sse.write", parent=self._server)
+        with _ending(span):
+            try:
+                yield
+            except asyncio.CancelledError:
+                span.set({"triptych.sse.disconnected": True})
+                raise
+            finally:
+                span.set(
+                    {
+                        "triptych.sse.events": written.events,
+                        "triptych.sse.bytes": written.bytes,
+                        "triptych.sse.blocked_ms": written.blocked_s * 1000,
+                    }
+                )
+                if written.failure:
+                    self._failure = written.failure
+                    _mark(self._chat, written.failure)
+                self.generated(written.last, written.first_text_at)
+
+    def generated(self, last: Delta | None, first_text_at: float) -> None:
+        """What the pipeline made: all of it if there is a last delta."""
+        self._last, self._first_text_at = last, first_text_at
+        if first_text_at:
+            self._chat.set({"gen_ai.response.time_to_first_chunk": first_text_at - self._began})
+        if last:
+            self._timings.update(last.stages)
+            self._chat.set(
+                {
+                    "gen_ai.response.finish_reasons": [last.finish_reason],
+                    "gen_ai.usage.input_tokens": last.prompt_tokens,
+                    "gen_ai.usage.output_tokens": last.completion_tokens,
+                }
+            )
+
+    def _count(self, status: int, reason: str) -> None:
+        """The metrics and the log line, once, at the end."""
+        ended = time.perf_counter()
+        pipeline, operation, last = self._pipeline, self._operation.name, self._last
+        metrics.REQUEST_SECONDS.labels(pipeline, operation, str(status)).observe(ended - self._began)
+        if pipeline and reason:
+            metrics.ABORTED.labels(pipeline, reason).inc()
+        if self._first_text_at:
+            metrics.FIRST_TOKEN_SECONDS.labels(pipeline).observe(self._first_text_at - self._began)
+        if last:
+            metrics.PROMPT_TOKENS.labels(pipeline).inc(last.prompt_tokens)
+            metrics.OUTPUT_TOKENS.labels(pipeline).inc(last.completion_tokens)
+            if last.completion_tokens > 1 and self._first_text_at:
+                seconds = (ended - self._first_text_at) / (last.completion_tokens - 1)
+                metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(pipeline).observe(seconds)
+        if log.isEnabledFor(logging.INFO):
+            log.info(
+                "request",
+                extra={
+                    "trace_id": self._server.trace_id,
+                    "span_id": self._server.span_id,
+                    "request_id": self.request_id,
+                    "pipeline": pipeline or None,
+                    "operation": operation,
+                    "status": status,
+                    "reason": reason or None,
+                    "duration_ms": round((ended - self._began) * 1000, 3),
+                    "prompt_tokens": last.prompt_tokens if last else None,
+                    "output_tokens": last.completion_tokens if last else None,
+                },
+            )
+
+
+@contextmanager
+def _ending(span: Span) -> Iterator[None]:
+    """Ends the span with its block, marked with what ended that."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        span.set({"error.type": "disconnected"})
+        raise
+    except Exception as error:
+        span.error(error.code if isinstance(error, StageError) else type(error).__name__)
+        raise
+    finally:
+        span.end()
+
+
+def _mark(span: Span, failure: Failure) -> None:
+    """Semantic conventions, HTTP server spans: a 4xx leaves the status unset."""
+    if failure.status >= 500:
+        span.error(failure.code, failure.message)
+    else:
+        span.set({"error.type": failure.code})
+
+
+def _http_attributes(scope: Scope, operation: Operation, request_id: str) -> Mapping[str, Any]:
+    host, port = scope.get("server") or (None, None)
+    return {
+        "http.request.method": scope["method"],
+        "http.route": operation.path,
+        "url.path": scope["path"],
+        "url.scheme": scope.get("scheme", "http"),
+        "server.address": host,
+        "server.port": port,
+        "triptych.request_id": request_id,
+    }
+
+
+def _gen_ai_attributes(operation: str, request: GenerationRequest, response_id: str) -> Mapping[str, Any]:
+    sampling = request.sampling
+    attributes = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "triptych",
+        "gen_ai.request.model": request.model,
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.seed": sampling.seed,
+        "gen_ai.request.stop_sequences": list(sampling.stop) or None,
+        "gen_ai.request.stream": request.stream,
+        "gen_ai.response.id": response_id,
+        "gen_ai.response.model": request.model,
+        "enduser.id": request.user,
+    }
+    return attributes | {f"triptych.metadata.{key}": value for key, value in request.metadata.items()}

@@ -1,0 +1,59 @@
+"""The gateway's settings, from TRIPTYCH_* variables: one frozen dataclass that checks itself.
+
+Errors name the key. Knows nothing of what the settings are for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+PREFIX = "TRIPTYCH_"
+
+
+class SettingsError(ValueError):
+    """A setting cannot be used; the message names its key."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every field is a variable: `max_queue` is TRIPTYCH_MAX_QUEUE."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    triton_grpc: str = "127.0.0.1:8001"
+    max_body_bytes: int = 1024 * 1024
+    max_concurrency: int = 512  # requests with the pipelines at once
+    max_queue: int = 1024  # requests that wait for their turn; one more is refused
+
+    def __post_init__(self) -> None:
+        self._check("host", bool(self.host), "an address to listen on")
+        self._check("port", 0 <= self.port <= 65535, "0 (any free one) to 65535")
+        name, _, port = self.triton_grpc.rpartition(":")
+        self._check("triton_grpc", bool(name) and port.isdecimal(), "HOST:PORT")
+        self._check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
+        self._check("max_concurrency", self.max_concurrency >= 1, "1 or more")
+        self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
+
+    def _check(self, key: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise SettingsError(f"{PREFIX}{key.upper()} = {getattr(self, key)!r} must be {wanted}")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """From the variables that are set and not empty; the rest keep their defaults."""
+        environ = os.environ if environ is None else environ
+        values: dict[str, str | int] = {}
+        for known in fields(cls):
+            key = PREFIX + known.name.upper()
+            if text := environ.get(key, ""):
+                values[known.name] = _integer(key, text) if isinstance(known.default, int) else text
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _integer(key: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingsError(f"{key} = {text!r} must be a whole number") from None

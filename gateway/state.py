@@ -1,0 +1,27 @@
+"""The typed state of the app (Starlette's lifespan state) and of a request, which is a copy with more."""
+
+from __future__ import annotations
+
+from typing import TypedDict, cast
+
+from starlette.types import Scope
+
+from gateway.admission import Admission
+from gateway.backend import Backend
+from gateway.settings import Settings
+
+
+class AppState(TypedDict):
+    backend: Backend
+    settings: Settings
+    admission: Admission
+    started: int  # unix seconds
+
+
+class RequestState(AppState):
+    request_id: str
+    timings: dict[str, float]  # ms by name, in order: what Server-Timing says
+
+
+def state_of(scope: Scope) -> RequestState:
+    return cast(RequestState, scope["state"])

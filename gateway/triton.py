@@ -1,0 +1,201 @@
+"""One tritonserver process: where its parts are, how it is started, watched and ended. Nothing of it stays behind.
+
+The binary, the python backend and its stubs come from the nvidia-pytriton package. Knows no HTTP and no pipeline
+beyond the names of its models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipelines.pipeline import cache_dir
+
+_SHM = Path("/dev/shm")
+_SHM_PREFIX = "triptych-"
+_PR_SET_PDEATHSIG = 1
+_EXIT_S = 5  # how long the server waits for requests in flight
+
+
+class TritonError(RuntimeError):
+    """Triton could not be started; the message says what to do."""
+
+
+class Triton:
+    """`start`, then `wait_ready`, then `stop` (always)."""
+
+    def __init__(self, repositories: Sequence[Path], models: Sequence[str], *, grpc_port: int, log_file: Path) -> None:
+        self.grpc_port = grpc_port
+        self.http_port, self.metrics_port = grpc_port - 1, grpc_port + 1
+        self.log_file = log_file
+        self._repositories = repositories
+        self._models = models
+        self._process: subprocess.Popen[bytes] | None = None
+        self._shm = f"{_SHM_PREFIX}{os.getpid()}-{grpc_port}-"
+
+    def start(self) -> None:
+        for port in (self.http_port, self.grpc_port, self.metrics_port):
+            if not port_is_free(port):
+                raise TritonError(f"port {port} is in use: choose others with --triton-grpc-port (it takes that port, the one below and the one above)")
+        remove_stale_shm()
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        libc = ctypes.CDLL(None)
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(),
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours to act on: first the lanes close, then Triton
+                preexec_fn=die_with_parent,
+            )
+
+    def _command(self) -> list[str]:
+        command = [str(server_home() / "bin" / "tritonserver")]
+        command += [f"--model-repository={folder}" for folder in self._repositories]
+        command += [f"--backend-directory={backend_directory()}", "--model-control-mode=explicit"]
+        command += [f"--load-model={model}" for model in self._models]
+        for service, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
+            command += [f"--{service}-address=127.0.0.1", f"--{service}-port={port}"]
+        command += ["--strict-readiness=false", f"--exit-timeout-secs={_EXIT_S}"]
+        # The backend's default is 1 MB that grows by 1 MB and never shrinks (DESIGN §4).
+        for setting in (
+            f"shm-region-prefix-name={self._shm}",
+            "shm-default-byte-size=16777216",
+            "shm-growth-byte-size=16777216",
+            "stub-timeout-seconds=300",
+        ):
+            command += [f"--backend-config=python,{setting}"]
+        return command
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait_ready(self, models: Sequence[str], ready: Callable[[str], bool], timeout_s: float, tell: Callable[[str], None]) -> None:
+        """Until every one of `models` answers `ready`; `tell` hears of each as it comes."""
+        waiting = list(models)
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            if not self.running():
+                raise TritonError(f"tritonserver stopped while loading: {self._last_error()} (all of it: {self.log_file})")
+            if time.monotonic() > deadline:
+                raise TritonError(f"{', '.join(waiting)} not ready after {timeout_s:g} s (see {self.log_file})")
+            for model in [model for model in waiting if ready(model)]:
+                waiting.remove(model)
+                tell(model)
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self._process and self.running():
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(timeout=_EXIT_S + 5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._end_stubs()
+        for segment in _SHM.glob(f"{self._shm}*"):
+            with contextlib.suppress(OSError):
+                segment.unlink()
+
+    def _end_stubs(self) -> None:
+        """Stubs end with their server; one that hangs is ended by its shared-memory name, which is ours alone."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self._shm.encode() in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    def _last_error(self) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.exists() else []
+        errors = [line for line in lines if re.match(r"E\d{4} ", line) or line.startswith("error:")]
+        return errors[-1].split("] ", 1)[-1][:300] if errors else f"exit code {self._process.returncode if self._process else '?'}"
+
+
+def server_home() -> Path:
+    """The package's folder with bin/, backends/ and python_backend_stubs/."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise TritonError("nvidia-pytriton is not installed: run `make setup`")
+    return Path(spec.submodule_search_locations[0]) / "tritonserver"
+
+
+def backend_directory() -> Path:
+    """A backends folder of our own: the python backend with the stub of this Python beside its library."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    home = server_home()
+    stub = home / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise TritonError(f"there is no Triton stub for Python {version}: use Python 3.10 to 3.13")
+    package = importlib.metadata.version("nvidia-pytriton")
+    folder = cache_dir() / "triton" / f"{package}-py{version}"
+    python = folder / "python"
+    python.mkdir(parents=True, exist_ok=True)
+    for file in [*(home / "backends" / "python").iterdir(), stub]:
+        link = python / file.name
+        if file.is_file() and not (link.is_symlink() and link.readlink() == file):
+            link.unlink(missing_ok=True)
+            link.symlink_to(file)
+    return folder
+
+
+def libpython() -> Path | None:
+    """The shared libpython of this interpreter, which the stub loads; None if it was built without one."""
+    name = sysconfig.get_config_var("INSTSONAME") or ""
+    folders = [sysconfig.get_config_var("LIBDIR") or "", str(Path(sys.base_prefix) / "lib"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
+    return next((Path(folder) / name for folder in folders if name.startswith("libpython") and name.count(".so") and (Path(folder) / name).exists()), None)
+
+
+def environment() -> dict[str, str]:
+    """What the server and its stubs need: this virtual environment first, its libraries and libpython to be found."""
+    library = libpython()
+    if library is None:
+        raise TritonError("this Python has no shared libpython: use one that has (Debian: python3-dev; pyenv: --enable-shared; uv's have it)")
+    libraries = [str(server_home().parent.parent / "nvidia_pytriton.libs"), str(library.parent)]
+    current = os.environ.get("LD_LIBRARY_PATH", "")
+    path = [str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": ":".join(libraries + ([current] if current else [])),
+        "PATH": ":".join(path),
+        "VIRTUAL_ENV": sys.prefix,
+    }
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def remove_stale_shm() -> None:
+    """The segments of servers whose owner is gone (`kill -9` of everything leaves them)."""
+    for segment in _SHM.glob(f"{_SHM_PREFIX}*"):
+        owner = segment.name.removeprefix(_SHM_PREFIX).split("-")[0]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):
+                segment.unlink()

@@ -1,0 +1,255 @@
+"""The orchestration of a chat: the three stages in order, for all requests at once. Knows no Triton and no HTTP.
+
+A request is started once: preprocess, then submit to generate. From then on `turn` moves all of them together: one
+poll of generate, one call of postprocess, one message to each sink (DESIGN §3). Stop strings end generation in the
+engine itself (`Postprocess.stop_checker`), so no feedback is needed here; cancel is the one control call.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipelines.errors import StageError
+from pipelines.generate import Poll
+from pipelines.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Window:
+    """One request's input to postprocess: the ids that may still matter, how many are new, what was said of them."""
+
+    ids: list[int]
+    new: int
+    sent: int
+    stop: Sequence[str]
+    final: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    """Its output: the texts to send (one, or one for each new id), the ids to forget, the characters sent of the rest."""
+
+    texts: list[str]
+    drop: int
+    sent: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a listener is told of one request. The first carries `prompt_tokens`, the last `finish_reason` or `error`."""
+
+    id: str
+    texts: list[str]
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    stages: Mapping[str, float] = field(default_factory=dict)
+    error: StageError | None = None
+
+    @property
+    def last(self) -> bool:
+        return bool(self.finish_reason or self.error)
+
+
+class Stages(Protocol):
+    """The three stages, as this module calls them. Each raises StageError."""
+
+    def preprocess(
+        self, inputs: Mapping[str, str], sampling: str, traceparent: str | None
+    ) -> tuple[Sequence[int], str]: ...
+
+    def submit(self, id: str, input_ids: Sequence[int], sampling: str, traceparent: str | None) -> None: ...
+
+    def poll(self, wait_s: float) -> Poll: ...
+
+    def cancel(self, id: str) -> None: ...
+
+    def postprocess(self, windows: list[Window]) -> list[Text]: ...
+
+    def trace_postprocess(self, traceparent: str, start_ns: int, end_ns: int, calls: int, busy_ns: int) -> None: ...
+
+
+class Sink(Protocol):
+    """Where a request's events go. Both calls come from several threads; a lane outlives its requests, a stream ends
+    with its last event."""
+
+    def push(self, event: Event) -> None: ...
+
+    def flush(self, counters: Mapping[str, int], *, now: float) -> bool:
+        """Send what waits, if it is time; answers whether something still waits."""
+
+    def gone(self) -> bool:
+        """Whether nobody listens any more. A round trip to the server: not for every turn."""
+
+
+HEARTBEAT_S = 1.0  # an idle poll answers after this; a lane has a message at least this often
+COALESCE_S = 0.02  # a per-request stream's events wait this long for company
+_GONE_EVERY_S = 0.1
+
+
+@dataclass
+class _Live:
+    id: str
+    sink: Sink
+    stop: Sequence[str] = ()
+    traceparent: str | None = None
+    prompt_tokens: int = 0
+    announced: bool = False
+    cancelled: bool = False
+    completion_tokens: int = 0
+    window: list[int] = field(default_factory=list)
+    sent: int = 0
+    preprocess_ms: float = 0
+    text_calls: int = 0
+    text_busy_ns: int = 0
+    text_first_ns: int = 0
+
+
+class Chat:
+    """All requests of one pipeline. Every method but `turn` may be called from any thread; `turn` from one."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._lock = threading.Lock()
+        self._live: dict[str, _Live] = {}
+        self._lanes: list[Sink] = []
+        self._waiting = False
+        self._gone_checked = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody listens: no lane, no live request."""
+        return not self._lanes and not self._live
+
+    def attach(self, lane: Sink) -> None:
+        """A listener that is there before and after its requests, and wants heartbeats."""
+        with self._lock:
+            self._lanes.append(lane)
+
+    def detach(self, sink: Sink) -> None:
+        """The listener has gone: what it asked for is cancelled."""
+        with self._lock:
+            if sink in self._lanes:
+                self._lanes.remove(sink)
+            orphans = [handle for handle, live in self._live.items() if live.sink is sink]
+        for handle in orphans:
+            self.cancel(handle)
+
+    def admit(self, handle: str, id: str, sink: Sink, traceparent: str | None) -> None:
+        """The request is known from here on, so that a cancel finds it. `handle` is unique here, `id` the listener's."""
+        with self._lock:
+            if handle in self._live:
+                raise StageError(f"request {id!r} is running already", stage="orchestrator")
+            self._live[handle] = _Live(id, sink, traceparent=traceparent)
+
+    def start(self, handle: str, inputs: Mapping[str, str], sampling: str) -> None:
+        """Preprocess and submit an admitted request; whatever goes wrong, its sink is told."""
+        with self._lock:
+            live = self._live.get(handle)
+        if live is None:  # cancelled already
+            return
+        try:
+            started = time.perf_counter()
+            input_ids, resolved = self._stages.preprocess(inputs, sampling, live.traceparent)
+            live.preprocess_ms = (time.perf_counter() - started) * 1e3
+            live.stop, live.prompt_tokens = Sampling.from_json(resolved).stop, len(input_ids)
+            self._stages.submit(handle, input_ids, resolved, live.traceparent)
+        except StageError as error:
+            with self._lock:
+                self._live.pop(handle, None)
+            live.sink.push(Event(live.id, [], error=error))
+        else:
+            with self._lock:  # generate may have answered already, and `turn` announced it
+                announce, live.announced = not live.announced, True
+            if live.cancelled:
+                self._stages.cancel(handle)
+            elif announce:
+                live.sink.push(Event(live.id, [], prompt_tokens=live.prompt_tokens))
+        live.sink.flush({}, now=time.monotonic())
+
+    def cancel(self, handle: str) -> None:
+        """Stop a request; nothing more is sent of it."""
+        with self._lock:
+            live = self._live.pop(handle, None)
+            if live:
+                live.cancelled = True  # `start` may be about to submit it
+        if live:
+            self._stages.cancel(handle)
+
+    def turn(self) -> list[Sink]:
+        """One poll, one postprocess, one message to each listener; answers which listeners have gone."""
+        poll = self._stages.poll(COALESCE_S if self._waiting else HEARTBEAT_S)
+        with self._lock:
+            work = [(row, self._live.get(row.id)) for row in poll.rows]
+        for row, live in work:
+            if live is None and not row.finish_reason:  # cancelled here, or a predecessor's: it has no reader
+                self._stages.cancel(row.id)
+        mine = [(row, live) for row, live in work if live is not None]
+        windows = []
+        for row, live in mine:
+            live.window += row.output_ids
+            live.completion_tokens += len(row.output_ids)
+            windows.append(Window(live.window, len(row.output_ids), live.sent, live.stop, bool(row.finish_reason)))
+        started_ns = time.time_ns()
+        failure: StageError | None = None
+        texts: list[Text] = []
+        if windows:
+            try:
+                texts = self._stages.postprocess(windows)
+            except StageError as error:
+                failure = error
+                texts = [Text([], 0, 0)] * len(windows)
+        ended_ns = time.time_ns()
+        for (row, live), text in zip(mine, texts, strict=True):
+            del live.window[: text.drop]
+            live.sent = text.sent
+            live.text_calls += 1
+            live.text_busy_ns += (ended_ns - started_ns) // len(windows)
+            live.text_first_ns = live.text_first_ns or started_ns
+            error = StageError(row.error, code="internal", stage="generate") if row.finish_reason == "error" else failure
+            event = self._event(live, row.finish_reason, row.stages, text.texts, error)
+            if event.last:
+                self._end(row.id, live, ended_ns, cancel=failure is not None and not row.finish_reason)
+            live.sink.push(event)
+        return self._flush(poll.counters)
+
+    def _event(
+        self, live: _Live, finish_reason: str, stages: Mapping[str, float], texts: list[str], error: StageError | None
+    ) -> Event:
+        with self._lock:
+            first, live.announced = not live.announced, True
+        if not (finish_reason or error):
+            return Event(live.id, texts, prompt_tokens=live.prompt_tokens if first else 0)
+        timing = {"preprocess": live.preprocess_ms, **stages, "postprocess": live.text_busy_ns / 1e6}
+        return Event(
+            live.id, texts, "" if error else finish_reason, live.prompt_tokens, live.completion_tokens, timing, error
+        )
+
+    def _end(self, handle: str, live: _Live, ended_ns: int, cancel: bool) -> None:
+        with self._lock:
+            self._live.pop(handle, None)
+        if cancel:
+            self._stages.cancel(handle)
+        if live.traceparent:
+            self._stages.trace_postprocess(
+                live.traceparent, live.text_first_ns, ended_ns, live.text_calls, live.text_busy_ns
+            )
+
+    def _flush(self, counters: Mapping[str, int]) -> list[Sink]:
+        now = time.monotonic()
+        with self._lock:
+            sinks = list(dict.fromkeys([*self._lanes, *(live.sink for live in self._live.values())]))
+        self._waiting = False
+        for sink in sinks:
+            self._waiting |= sink.flush(counters, now=now)
+        if now - self._gone_checked < _GONE_EVERY_S:
+            return []
+        self._gone_checked = now
+        gone = [sink for sink in sinks if sink.gone()]
+        for sink in gone:
+            self.detach(sink)
+        return gone

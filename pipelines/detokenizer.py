@@ -1,0 +1,317 @@
+"""Token ids to text, piece by piece, exactly as `tokenizers` decodes them all at once.
+
+Every id maps to an entry of a table that is filled as ids appear, so an id costs one dictionary look-up.
+What an id adds to the text depends on its neighbours in few ways; `tokenizers`' decoders have four shapes:
+
+    LOSSY    ByteLevel (GPT-2, Llama 3, Qwen, SmolLM): bytes, decoded like `String::from_utf8_lossy`
+    RUNS     Replace, ByteFallback, Fuse[, Strip] (Gemma, Llama 2, Mistral): text, and runs of bytes that
+             become characters only if the whole run is valid UTF-8
+    FIRST    Metaspace, WordPiece, none: a token is spelt differently when it is the first
+    WHOLE    anything else: nothing is released before the end, which is slow to read but never wrong
+
+Knows no stop strings and no windows: `pipelines.postprocess` does.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import Decoder
+
+# What an id stands for: text; bytes that need their neighbours; or nothing (a special or unknown token).
+Entry = str | bytes | None
+
+REPLACEMENT = "\ufffd"
+
+
+class Stream(Protocol):
+    """One answer's text as its ids arrive.
+
+    `clean`: every id pushed so far is settled, so what follows decodes without them. `started`: an id has
+    counted as the answer's first.
+    """
+
+    @property
+    def started(self) -> bool: ...
+
+    @property
+    def clean(self) -> bool: ...
+
+    def push(self, token_id: int) -> str:
+        """The text that this id settles: it cannot change whatever follows."""
+
+    def flush(self) -> str:
+        """The text of what is not settled, if nothing follows."""
+
+
+class Table(dict[int, Entry]):
+    """Entries by id, made on first use: to make 262,144 at once would take most of a second."""
+
+    def __init__(self, make: Callable[[int], Entry]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, token_id: int) -> Entry:
+        entry = self[token_id] = self._make(token_id)
+        return entry
+
+
+@dataclass(frozen=True)
+class Detokenizer:
+    """`table` holds each id's entry anywhere but at the answer's start; `uniform`: and there too."""
+
+    table: Table
+    uniform: bool
+    stream: Callable[[bool], Stream]  # told whether the answer has started before the ids to be pushed
+
+
+def load(tokenizer: Tokenizer) -> Detokenizer:
+    """The detokenizer that equals `tokenizer.decode(ids, skip_special_tokens=True)`."""
+    state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else None
+    steps = _steps(state)
+    kinds = [step["type"] for step in steps]
+    token = _visible(tokenizer)
+    if kinds == ["ByteLevel"]:
+        return _lossy(token)
+    if (runs := _runs(steps, token)) is not None:
+        return runs
+    if kinds in ([], ["Metaspace"], ["WordPiece"]):
+        return _first(tokenizer.decoder, token)
+    return _whole(tokenizer)
+
+
+def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if state is None:
+        return []
+    if state["type"] == "Sequence":
+        return [step for inner in state["decoders"] for step in _steps(inner)]
+    return [state]
+
+
+def _visible(tokenizer: Tokenizer) -> Callable[[int], str | None]:
+    """The token of an id, or None if `decode` skips it. Skipping goes by content, as in the Rust
+    implementation.
+    """
+    special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+
+    def token(token_id: int) -> str | None:
+        content: str | None = tokenizer.id_to_token(token_id)
+        return None if content in special else content
+
+    return token
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, the wrong way round (openai/gpt-2, `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _lossy(token: Callable[[int], str | None]) -> Detokenizer:
+    byte_of = _byte_of()
+
+    def make(token_id: int) -> Entry:
+        content = token(token_id)
+        if not content:
+            return None
+        try:
+            data = bytes([byte_of[char] for char in content])
+        except KeyError:  # an added token with a character that stands for no byte is text as it is
+            return content
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data
+
+    table = Table(make)
+    return Detokenizer(table, True, lambda started: LossyStream(table))
+
+
+class LossyStream:
+    """UTF-8 with U+FFFD for each maximal invalid part: what Rust's `from_utf8_lossy` and Python's `replace`
+    both do.
+    """
+
+    started = False
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._tail = b""  # the beginning of a character
+
+    @property
+    def clean(self) -> bool:
+        return not self._tail
+
+    def push(self, token_id: int) -> str:
+        entry = self._table[token_id]
+        if entry is None:
+            return ""
+        if isinstance(entry, str):
+            if not self._tail:
+                return entry
+            entry = entry.encode()
+        data = self._tail + entry
+        text, consumed = codecs.utf_8_decode(data, "replace", False)
+        self._tail = data[consumed:]
+        return text
+
+    def flush(self) -> str:
+        text, self._tail = self._tail.decode("utf-8", "replace"), b""
+        return text
+
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>", re.ASCII)  # as Rust's u8::from_str_radix reads it
+
+
+def _runs(steps: Sequence[dict[str, Any]], token: Callable[[int], str | None]) -> Detokenizer | None:
+    """None if the steps are another shape."""
+    kinds = [step["type"] for step in steps]
+    replaces = kinds.index("ByteFallback") if "ByteFallback" in kinds else 0
+    if kinds[replaces:] not in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"]):
+        return None
+    if any(step["type"] != "Replace" or not step["pattern"].get("String") for step in steps[:replaces]):
+        return None
+    strip: dict[str, Any] = steps[-1] if kinds[-1] == "Strip" else {"content": " ", "start": 0, "stop": 0}
+    if strip["stop"]:  # the end of the text would change with every token
+        return None
+    pairs = [(step["pattern"]["String"], step["content"]) for step in steps[:replaces]]
+
+    def make(token_id: int) -> Entry:
+        content = token(token_id)
+        if content is None:
+            return None
+        for pattern, replacement in pairs:
+            content = content.replace(pattern, replacement)
+        byte = _BYTE.fullmatch(content)
+        return bytes([int(byte[1], 16)]) if byte else content
+
+    table = Table(make)
+    cut: int = strip["start"]
+    fill: str = strip["content"]
+    return Detokenizer(table, cut == 0, lambda started: RunStream(table, 0 if started else cut, fill))
+
+
+class RunStream:
+    """Text, and runs of bytes. `tokenizers` makes a whole run U+FFFD if it is not valid UTF-8: it settles at
+    its end.
+    """
+
+    def __init__(self, table: Table, cut: int, fill: str) -> None:
+        self._table = table
+        self._run = b""
+        self._cuts = cut  # how many of `fill` may still be cut from the start
+        self._fill = fill
+        self._fresh = True
+
+    @property
+    def started(self) -> bool:
+        return not self._cuts
+
+    @property
+    def clean(self) -> bool:
+        return not self._run and (self._fresh or not self._cuts)
+
+    def push(self, token_id: int) -> str:
+        entry = self._table[token_id]
+        if entry is None:
+            return ""
+        if isinstance(entry, bytes):
+            self._run += entry
+            return ""
+        text = self._end_run() + entry if self._run else entry
+        return self._cut(text) if self._cuts else text
+
+    def flush(self) -> str:
+        return self._cut(self._end_run())
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, b""
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(run)
+
+    def _cut(self, text: str) -> str:
+        """Strip the start of the answer: at most `cut` times, and only until something else comes."""
+        while self._cuts and text:
+            self._fresh = False
+            if not text.startswith(self._fill):
+                self._cuts = 0
+                break
+            text = text[len(self._fill) :]
+            self._cuts -= 1
+        return text
+
+
+def _first(decoder: Decoder | None, token: Callable[[int], str | None]) -> Detokenizer:
+    """These decoders spell each token by itself, but for whether it is the first; so ask them both ways."""
+
+    def spell(tokens: list[str]) -> str:
+        # Without a decoder, `tokenizers` joins with spaces.
+        return decoder.decode(tokens) if decoder is not None else " ".join(tokens)
+
+    before = len(spell(["a"]))
+
+    def make_first(token_id: int) -> Entry:
+        content = token(token_id)
+        return None if content is None else spell([content])
+
+    def make_later(token_id: int) -> Entry:
+        content = token(token_id)
+        return None if content is None else spell(["a", content])[before:]
+
+    first, later = Table(make_first), Table(make_later)
+    return Detokenizer(later, False, lambda started: FirstStream(first, later, started))
+
+
+class FirstStream:
+    clean = True
+
+    def __init__(self, first: Table, later: Table, started: bool) -> None:
+        self._first = first
+        self._later = later
+        self.started = started
+
+    def push(self, token_id: int) -> str:
+        entry = (self._later if self.started else self._first)[token_id]
+        if entry is None:
+            return ""
+        self.started = True
+        return str(entry)
+
+    def flush(self) -> str:
+        return ""
+
+
+def _whole(tokenizer: Tokenizer) -> Detokenizer:
+    return Detokenizer(Table(lambda token_id: None), False, lambda started: WholeStream(tokenizer))
+
+
+class WholeStream:
+    """The decoder is not known here, so any token may change any text: all of it waits for the end."""
+
+    started = False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    @property
+    def clean(self) -> bool:
+        return not self._ids
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        return ""
+
+    def flush(self) -> str:
+        ids, self._ids = self._ids, []
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,159 @@
+"""An engine that repeats the prompt: for benches, fault tests, and trying clients without a model.
+
+Knows no torch and no model. Its pace is settable: a test can have a slow model, a bench one that is no cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import cycle, islice
+
+from pipelines.engine import Counters, Limits, Output, Request
+
+_TICK_S = 0.001  # with a pace, how often it looks at most: a thousand streams must not mean a step per token
+
+
+class _Stream:
+    """One running request: the tokens still to come and how they end."""
+
+    __slots__ = ("due_at", "ending", "id", "left", "stops_at", "tokens")
+
+    def __init__(self, request: Request, limits: Limits, now: float) -> None:
+        prompt = request.input_ids
+        room = max(0, limits.context - len(prompt))
+        wanted = request.sampling.max_tokens
+        if wanted is None:  # once through, then the end as a model would say it
+            answer = [*prompt, *sorted(limits.eos_ids)[:1]]
+            self.tokens = iter(answer)
+            self.left, self.ending = min(len(answer), room), "stop" if len(answer) <= room else "length"
+        else:
+            self.tokens = cycle(prompt)
+            self.left, self.ending = min(wanted, room) if prompt else 0, "length"
+        self.id = request.id
+        self.stops_at = request.stops_at
+        self.due_at = now
+
+    def take(self, count: int) -> Output:
+        """The next `count` tokens, or as many as there are before an end."""
+        if self.stops_at is not None:
+            return self._watched(count)
+        token_ids = list(islice(self.tokens, count if count < self.left else self.left))
+        self.left -= len(token_ids)
+        return Output(self.id, token_ids, "" if self.left else self.ending)
+
+    def _watched(self, count: int) -> Output:
+        token_ids: list[int] = []
+        for token_id in islice(self.tokens, min(count, self.left)):
+            token_ids.append(token_id)
+            self.left -= 1
+            try:
+                if self.stops_at is not None and self.stops_at(token_id):
+                    return Output(self.id, token_ids, "stop")
+            except Exception as error:  # the end of this request, not of the engine
+                return Output(self.id, token_ids, "error", f"{type(error).__name__}: {error}")
+        return Output(self.id, token_ids, "" if self.left else self.ending)
+
+
+class EchoEngine:
+    """Repeats the prompt once, or until max_tokens.
+
+    `tokens_per_s` is per stream and may be changed at any time; 0 is no pace: every step gives every running
+    request one token.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        tokens_per_s: float = 0,
+        max_running: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.tokens_per_s = tokens_per_s
+        self.max_running = max_running
+        self.counters = Counters()
+        self._clock = clock
+        self._waiting: deque[Request] = deque()
+        self._running: list[_Stream] = []
+        self._cancelled: set[str] = set()
+        self._in_flight: set[str] = set()
+        self._looked_at = float("-inf")
+
+    def submit(self, request: Request) -> None:
+        if request.id in self._in_flight:
+            raise ValueError(f"a request {request.id!r} is in flight already")
+        self._in_flight.add(request.id)
+        self._waiting.append(request)
+        self.counters.waiting += 1
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._in_flight:
+            self._cancelled.add(request_id)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._in_flight)
+
+    @property
+    def idle_s(self) -> float:
+        """Until the next token is due, in ticks; a cancel or a request to admit is due at once."""
+        if not self.tokens_per_s or not self._running or self._cancelled:
+            return 0.0
+        if self._waiting and len(self._running) < self.max_running:
+            return 0.0
+        soonest = min(stream.due_at for stream in self._running)
+        return max(0.0, max(soonest, self._looked_at + _TICK_S) - self._clock())
+
+    def step(self) -> list[Output]:
+        """Admit, then one token for each running request, or with a pace all that are due by now."""
+        outputs = self._drop_cancelled() if self._cancelled else []
+        if self._waiting:
+            self._admit()
+        given = self._paced() if self.tokens_per_s else [stream.take(1) for stream in self._running]
+        if given:
+            self.counters.steps += 1
+            self.counters.output_tokens += sum([len(output.token_ids) for output in given])
+            self._retire({output.id for output in given if output.finish_reason})
+        return outputs + given if outputs else given
+
+    def _paced(self) -> list[Output]:
+        """What is due by now; after a delay that is several tokens at once."""
+        now, pace = self._clock(), self.tokens_per_s
+        self._looked_at = now
+        given = []
+        for stream in self._running:
+            if stream.due_at <= now:
+                count = int((now - stream.due_at) * pace) + 1
+                stream.due_at += count / pace
+                given.append(stream.take(count))
+        return given
+
+    def _admit(self) -> None:
+        now = self._clock()
+        while self._waiting and len(self._running) < self.max_running:
+            request = self._waiting.popleft()
+            self._running.append(_Stream(request, self.limits, now))
+            self.counters.prompt_tokens += len(request.input_ids)
+        self._count()
+
+    def _retire(self, ended: set[str]) -> None:
+        if ended:
+            self.counters.finished += len(ended)
+            self._running = [stream for stream in self._running if stream.id not in ended]
+            self._in_flight -= ended
+            self._count()
+
+    def _drop_cancelled(self) -> list[Output]:
+        gone, self._cancelled = self._cancelled, set()
+        self._running = [stream for stream in self._running if stream.id not in gone]
+        self._waiting = deque(request for request in self._waiting if request.id not in gone)
+        self._in_flight -= gone
+        self.counters.cancelled += len(gone)
+        self._count()
+        return [Output(request_id, [], "cancelled") for request_id in sorted(gone)]
+
+    def _count(self) -> None:
+        self.counters.running, self.counters.waiting = len(self._running), len(self._waiting)

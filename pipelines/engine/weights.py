@@ -1,0 +1,109 @@
+"""A folder of files to a model: safetensors as transformers loads them, or one GGUF file, dequantised.
+
+Knows no request and no engine. What a model allows is read by `limits`, which needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from pipelines.engine import Limits
+from pipelines.engine.gguf_file import GgufFile
+from pipelines.engine.limits import read_limits
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Tensors that are in a GGUF file for llama.cpp alone: transformers computes them from the config.
+_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+class WeightsError(ValueError):
+    """The folder's weights cannot be loaded; the message names what is wrong."""
+
+
+def load(home: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Limits]:
+    """The model in `home`, ready to run, and what it allows. `dtype` auto: bfloat16 on a GPU, float32 on a CPU."""
+    limits = read_limits(home)
+    logging.disable_progress_bar()  # it would be drawn into a server's log
+    kind = getattr(torch, dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
+    found = sorted(home.glob("*.gguf"))
+    if len(found) > 1:
+        raise WeightsError(f"{home} holds several GGUF files: {', '.join(file.name for file in found)}")
+    if found:
+        model = _load_gguf(home, found[0], kind)
+    elif any(home.glob("*.safetensors")):
+        model = AutoModelForCausalLM.from_pretrained(home, dtype=kind)
+    else:
+        raise WeightsError(f"{home} holds neither *.safetensors nor a *.gguf file")
+    return model.to(device).eval(), limits
+
+
+def _load_gguf(home: Path, file: Path, dtype: torch.dtype) -> Any:
+    """The config builds the model without weights, the GGUF file fills it; transformers ties and computes the rest."""
+    config = AutoConfig.from_pretrained(home)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    state = _state(GgufFile(file), empty, dtype)
+    return type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def _state(file: GgufFile, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the model by its transformers name. One too few or too many is an error, not a guess."""
+    adapt = _ADAPT.get(file.architecture)
+    if adapt is None:
+        known = ", ".join(sorted(_ADAPT))
+        raise WeightsError(f"{file.path.name} is {file.architecture}; of GGUF this loads {known}. Use its safetensors.")
+    config = model.config.get_text_config()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    names = file.names_of(shapes, config.num_hidden_layers)
+    if missing := sorted(name for name, stored in names.items() if stored not in file.tensors):
+        raise WeightsError(f"{file.path.name} lacks {len(missing)} of the model's tensors, first {missing[0]}")
+    if unknown := sorted(file.tensors.keys() - set(names.values()) - set(_COMPUTED)):
+        raise WeightsError(f"{file.path.name} has {len(unknown)} tensors that the model lacks, first {unknown[0]}")
+
+    def convert(name: str) -> tuple[str, Tensor]:
+        array = adapt(names[name], file.read(names[name]), config)
+        if array.shape != shapes[name]:
+            raise WeightsError(f"{file.path.name}: {names[name]} is {array.shape}, the config says {shapes[name]}")
+        return name, torch.from_numpy(np.require(array, requirements=["C", "W"])).to(dtype)
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy lets go of the lock
+        return dict(pool.map(convert, shapes))
+
+
+def _as_stored(name: str, array: Array, config: Any) -> Array:
+    return array
+
+
+def _llama(name: str, array: Array, config: Any) -> Array:
+    """The rows of q and k are stored in llama.cpp's order of rotary pairs (its LlamaModel.permute): back."""
+    if ".attn_q." not in name and ".attn_k." not in name:
+        return array
+    heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _gemma(name: str, array: Array, config: Any) -> Array:
+    """Norm weights are stored with the 1 added that transformers adds when it runs."""
+    return array - 1 if name.endswith("norm.weight") else array
+
+
+_ADAPT: dict[str, Callable[[str, Array, Any], Array]] = {
+    "llama": _llama,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "qwen2": _as_stored,
+    "qwen3": _as_stored,
+}

@@ -1,0 +1,314 @@
+"""The generate stage: one thread drives an engine, one thread answers. Knows no Triton: answers are callbacks.
+
+Two ways to be served. `generate` answers once, with the whole answer (the ensemble). `submit` puts a request's
+tokens into the mailbox, which `poll` empties: everything produced since the last poll, for all requests (DESIGN §3).
+The engine never waits for whoever reads: a slow reader finds more in its mailbox, the sender thread does the sending.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from observability import tracing
+from pipelines.engine import Engine, Output, Request
+from pipelines.errors import StageError
+from pipelines.sampling import Sampling
+
+# A poll carries at most this many tokens of one request; the rest waits for the next poll, a millisecond later.
+# It bounds a message (1,024 requests: 64 Ki tokens) when an engine outruns its reader by far.
+MAX_ROW_TOKENS = 64
+
+GAP_BINS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: what `generate` is answered with."""
+
+    output_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request's share of a poll. `stages` (ms) comes with `finish_reason`, in the last."""
+
+    id: str
+    output_ids: list[int]
+    finish_reason: str = ""
+    error: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Poll:
+    rows: list[Row]
+    counters: dict[str, int]
+
+
+@dataclass
+class _Work:
+    """A request between its submission and its last token."""
+
+    request: Request
+    name: str  # what cancel calls it
+    traceparent: str | None
+    answer: Callable[[Answer | StageError], None] | None  # None: the mailbox
+    arrived_ns: int
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    error: str = ""
+    prefill_ns: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
+    produced: int = 0
+    gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_BINS_MS) + 1))
+    posted: bool = False
+
+    def stages(self) -> dict[str, float]:
+        prefill, first = self.prefill_ns or self.last_ns, self.first_ns or self.last_ns
+        return {
+            "queue": (prefill - self.arrived_ns) / 1e6,
+            "prefill": (first - prefill) / 1e6,
+            "decode": (self.last_ns - first) / 1e6,
+        }
+
+
+class Generate:
+    """Owns an engine and its two threads. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        stop_checker: Callable[[tuple[str, ...]], Callable[[int], bool]],
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._engine = engine
+        self._stop_checker = stop_checker
+        self._now_ns = now_ns
+        self._lock = threading.Lock()
+        self._work_to_do = threading.Condition(self._lock)
+        self._answers_to_send = threading.Condition(self._lock)
+        self._commands: deque[tuple[str, Any]] = deque()
+        self._works: dict[str, _Work] = {}
+        self._mailbox: dict[str, _Work] = {}
+        self._answers: deque[Callable[[], None]] = deque()
+        self._poll: tuple[float, Callable[[Poll], None]] | None = None
+        self._numbers = itertools.count()
+        self._closing = False
+        # A thread that wants to answer waits at most this long for a busy engine thread (the default is 5 ms).
+        sys.setswitchinterval(0.0005)
+        self._threads = [
+            threading.Thread(target=self._drive, name="engine", daemon=True),
+            threading.Thread(target=self._send, name="sender", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def generate(
+        self,
+        input_ids: list[int],
+        sampling: Sampling,
+        answer: Callable[[Answer | StageError], None],
+        *,
+        name: str = "",
+        traceparent: str | None = None,
+    ) -> None:
+        """Continue `input_ids`; `answer` is called once, from the sender thread, when all is generated."""
+        self._enqueue(input_ids, sampling, f"unary-{next(self._numbers)}", name, traceparent, answer)
+
+    def submit(self, id: str, input_ids: list[int], sampling: Sampling, *, traceparent: str | None = None) -> None:
+        """Continue `input_ids`, into the mailbox."""
+        if id in self._works:
+            raise StageError(f"request {id!r} is running already", code="internal", stage="generate")
+        self._enqueue(input_ids, sampling, id, id, traceparent, None)
+
+    def cancel(self, name: str) -> int:
+        """Stop every request of this name; answers how many there were."""
+        with self._lock:
+            ids = [id for id, work in self._works.items() if work.name == name]
+            self._commands.extend(("cancel", id) for id in ids)
+            self._work_to_do.notify()
+        return len(ids)
+
+    def poll(self, wait_s: float, answer: Callable[[Poll], None]) -> None:
+        """Answer with all that is in the mailbox, once there is something, or empty after `wait_s`."""
+        with self._lock:
+            if self._poll:  # its caller is gone, or there would not be a second one
+                self._answers.append(lambda answer=self._poll[1]: answer(Poll([], {})))  # type: ignore[misc]
+            self._poll = (time.monotonic() + wait_s, answer)
+            self._answers_to_send.notify()
+
+    def counters(self) -> dict[str, int]:
+        return asdict(self._engine.counters)
+
+    def close(self) -> None:
+        """Stop both threads; whoever still waits is told."""
+        with self._lock:
+            self._closing = True
+            self._work_to_do.notify()
+            self._answers_to_send.notify()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def _enqueue(
+        self,
+        input_ids: list[int],
+        sampling: Sampling,
+        id: str,
+        name: str,
+        traceparent: str | None,
+        answer: Callable[[Answer | StageError], None] | None,
+    ) -> None:
+        stops_at = self._stop_checker(sampling.stop) if sampling.stop else None
+        request = Request(id, input_ids, sampling, stops_at)
+        work = _Work(request, name, traceparent, answer, self._now_ns())
+        with self._lock:
+            if self._closing:
+                raise StageError("generate is shutting down", code="unavailable", stage="generate")
+            self._works[id] = work
+            self._commands.append(("submit", request))
+            self._work_to_do.notify()
+
+    def _drive(self) -> None:
+        """The engine thread: commands in, one step, outputs out."""
+        while True:
+            with self._lock:
+                while not (self._commands or self._engine.busy or self._closing):
+                    self._work_to_do.wait()
+                if self._closing:
+                    return
+                commands, self._commands = self._commands, deque()
+            try:
+                for verb, argument in commands:
+                    getattr(self._engine, verb)(argument)
+                started_ns = self._now_ns()
+                outputs = self._engine.step()
+            except Exception as error:  # the engine is broken: every request on it is told, and the next may try
+                outputs = [Output(id, [], "error", f"{type(error).__name__}: {error}") for id in list(self._works)]
+                for id in list(self._works):
+                    self._engine.cancel(id)
+            with self._lock:
+                if outputs:
+                    self._deliver(outputs, started_ns)
+                elif (idle_s := self._engine.idle_s) > 0 and not self._commands:
+                    self._work_to_do.wait(idle_s)
+
+    def _deliver(self, outputs: list[Output], started_ns: int) -> None:
+        """Under the lock: what a step produced goes to each request's work, and that to its reader."""
+        now_ns = self._now_ns()
+        for output in outputs:
+            work = self._works.get(output.id)
+            if work is None:
+                continue
+            if output.token_ids:
+                if not work.first_ns:
+                    work.prefill_ns, work.first_ns = started_ns, now_ns
+                elif work.traceparent:
+                    work.gaps[_bin((now_ns - work.last_ns) / 1e6)] += 1
+                work.produced += len(output.token_ids)
+                work.output_ids += output.token_ids
+            work.last_ns = now_ns
+            if output.finish_reason:
+                work.finish_reason, work.error = output.finish_reason, output.error
+                del self._works[output.id]
+            if work.answer is None:
+                self._mailbox[output.id] = work
+            elif work.finish_reason:
+                self._answers.append(lambda work=work: self._answer(work))  # type: ignore[misc]
+        self._answers_to_send.notify()
+
+    def _send(self) -> None:
+        """The sender thread: whole answers, then the outstanding poll."""
+        while True:
+            with self._lock:
+                while not self._answers and not (poll := self._take_poll()):
+                    if self._closing:
+                        self._tell_the_waiting()
+                        break
+                    deadline = self._poll[0] if self._poll else None
+                    self._answers_to_send.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                answers, self._answers = self._answers, deque()
+                if answers:
+                    poll = None
+                closing = self._closing and not answers and not poll
+            for answer in answers:
+                answer()
+            if poll:
+                poll()
+            if closing:
+                return
+
+    def _take_poll(self) -> Callable[[], None] | None:
+        """Under the lock: the outstanding poll's answer, if it is due."""
+        if not self._poll or not (self._mailbox or self._closing or self._poll[0] <= time.monotonic()):
+            return None
+        _, answer = self._poll
+        self._poll = None
+        works, self._mailbox = self._mailbox, {}
+        rows, finished = [], []
+        for id, work in works.items():
+            ids, work.output_ids = work.output_ids[:MAX_ROW_TOKENS], work.output_ids[MAX_ROW_TOKENS:]
+            if work.output_ids:
+                self._mailbox[id] = work
+                rows.append(Row(id, ids))
+            elif work.finish_reason:
+                finished.append(work)
+                rows.append(Row(id, ids, work.finish_reason, work.error, work.stages()))
+            else:
+                rows.append(Row(id, ids))
+        message = Poll(rows, asdict(self._engine.counters))
+
+        def send() -> None:
+            answer(message)
+            for work in finished:
+                _trace(work)
+
+        return send
+
+    def _answer(self, work: _Work) -> None:
+        assert work.answer is not None
+        if work.finish_reason == "error":
+            work.answer(StageError(work.error, code="internal", stage="generate"))
+        else:
+            work.answer(Answer(work.output_ids, work.finish_reason))
+        _trace(work)
+
+    def _tell_the_waiting(self) -> None:
+        """Under the lock, at the end: nobody is left without an answer."""
+        stopped = StageError("generate was stopped", code="unavailable", stage="generate")
+        for work in self._works.values():
+            if work.answer:
+                self._answers.append(lambda work=work: work.answer(stopped))  # type: ignore[misc]
+        self._works.clear()
+
+
+def _bin(gap_ms: float) -> int:
+    return next((index for index, edge in enumerate(GAP_BINS_MS) if gap_ms <= edge), len(GAP_BINS_MS))
+
+
+def _trace(work: _Work) -> None:
+    """The stage's spans, recorded once the times are known: never a span per token (DESIGN §6)."""
+    if not work.traceparent:
+        return
+    prefill_ns, first_ns = work.prefill_ns or work.last_ns, work.first_ns or work.last_ns
+    attributes = {
+        "triptych.finish_reason": work.finish_reason,
+        "gen_ai.usage.input_tokens": len(work.request.input_ids),
+        "gen_ai.usage.output_tokens": work.produced,
+    }
+    error = ("internal", work.error) if work.finish_reason == "error" else None
+    span = tracing.record("generate", work.traceparent, work.arrived_ns, work.last_ns, attributes, error=error)
+    tracing.record("queue", span, work.arrived_ns, prefill_ns)
+    if work.first_ns:
+        tracing.record("prefill", span, prefill_ns, first_ns, {"gen_ai.usage.input_tokens": len(work.request.input_ids)})
+        gaps = {"triptych.gap_ms.bounds": list(GAP_BINS_MS), "triptych.gap_ms.counts": work.gaps}
+        tracing.record("decode", span, first_ns, work.last_ns, gaps)

@@ -1,0 +1,128 @@
+"""The first stage: messages, a prompt or raw text in; token ids and checked sampling parameters out.
+
+Imports neither torch nor transformers, so the stage starts in the time it takes to read tokenizer.json. Knows
+no Triton and emits no span: the caller passes a factory of context managers to time the steps with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from pipelines.errors import StageError
+from pipelines.messages import load_messages, utf8
+from pipelines.sampling import Sampling
+from pipelines.template import ChatTemplate
+
+Timing = Callable[[str], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What generate needs. `sampling` is complete: it has a seed and a `max_tokens` that fits the context."""
+
+    input_ids: list[int]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    context: int
+
+    @classmethod
+    def load(cls, home: Path, *, context: int) -> Preprocess:
+        """From a prepared folder. `context` is the model's limit in tokens, prompt and answer together."""
+        tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
+        # Some tokenizer.json files carry the truncation and padding of their training run.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, ChatTemplate.load(home), context)
+
+    def run(
+        self,
+        *,
+        messages: str | bytes | None = None,
+        prompt: str | bytes | None = None,
+        text: str | bytes | None = None,
+        sampling: str | bytes | None = None,
+        stage: Timing = nullcontext,
+    ) -> Prepared:
+        """Exactly one of `messages` (JSON), `prompt` (one user message) and `text` (continued as it is)."""
+        inputs = {"messages": messages, "prompt": prompt, "text": text}
+        given = [name for name, value in inputs.items() if value is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise StageError(
+                f"Exactly one of messages, prompt and text is needed; got {got}.",
+                param=(given or ["messages"])[-1],
+            )
+        param = given[0]
+        wanted = _sampling(sampling)
+        if text is not None:
+            rendered, template = utf8(text, "text"), False
+        else:
+            chat = (
+                load_messages(messages)
+                if messages is not None
+                else _one_message(utf8(prompt or "", "prompt"))
+            )
+            with stage("render"):
+                rendered, template = self._render(chat, param), True
+        with stage("tokenize"):
+            # A template writes the special tokens itself; the tokenizer's post-processor would write them
+            # twice.
+            ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=not template).ids
+        if not ids:
+            raise StageError(f"'{param}' gives no tokens: there is nothing to continue.", param=param)
+        return Prepared(ids, self._fit(wanted, len(ids), param))
+
+    def _render(self, chat: Sequence[dict[str, object]], param: str) -> str:
+        if self.template is None:
+            raise StageError(
+                "This pipeline has no chat template (it is a base model): "
+                "send 'text' (POST /v1/completions) instead.",
+                param=param,
+            )
+        if "developer" not in self.template.source:
+            chat = [
+                {**message, "role": "system"} if message["role"] == "developer" else message
+                for message in chat
+            ]
+        return self.template.render(chat)
+
+    def _fit(self, sampling: Sampling, used: int, param: str) -> Sampling:
+        """`max_tokens` resolved: what was asked for if it fits, or all that is left. OpenAI's wording."""
+        limit = f"This model's maximum context length is {self.context} tokens."
+        if used >= self.context:
+            raise StageError(
+                f"{limit} However, your {param} resulted in {used} tokens. "
+                f"Please reduce the length of the {param}.",
+                code="context_length_exceeded",
+                param=param,
+            )
+        asked = sampling.max_tokens
+        if asked is not None and used + asked > self.context:
+            raise StageError(
+                f"{limit} However, you requested {used + asked} tokens ({used} in the {param}, {asked} in "
+                f"the completion). Please reduce the length of the {param} or the completion.",
+                code="context_length_exceeded",
+                param=param,
+            )
+        return replace(sampling, max_tokens=self.context - used if asked is None else asked)
+
+
+def _sampling(text: str | bytes | None) -> Sampling:
+    try:
+        return Sampling.from_json(text or "{}").with_seed()
+    except RecursionError:
+        raise StageError("sampling is not valid JSON: it is nested too deeply.", param="sampling") from None
+
+
+def _one_message(prompt: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": prompt}]

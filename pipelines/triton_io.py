@@ -1,0 +1,219 @@
+"""Between Triton's Python backend and the stages: tensors, parameters, answers, calls of other models.
+
+The only file that imports triton_python_backend_utils; each `model.py` in the repository is written in its terms.
+It never makes a decoupled BLS call (DESIGN §4: unsafe in every release to date). `pb.X` is looked up at call time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from observability import tracing
+from pipelines import contracts
+from pipelines.contracts import Tensor, Values
+from pipelines.errors import StageError
+from pipelines.orchestrator import Orchestrator
+from pipelines.pipeline import Pipeline, get_pipeline
+from pipelines.sources import pull
+
+log = logging.getLogger(__name__)
+
+_FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+Answer = Callable[[Values | StageError], None]
+
+
+def open_stage(args: Mapping[str, str], stage: str) -> Pipeline:
+    """What `initialize` begins with: the model's pipeline, its weights there, and tracing set up."""
+    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s %(levelname)s {stage}: %(message)s")
+    _end_with_the_server()
+    tracing.configure(f"triptych-{stage}")
+    parameters = json.loads(args["model_config"])["parameters"]
+    pipeline = get_pipeline(parameters["pipeline"]["string_value"])
+    pull(pipeline)
+    return pipeline
+
+
+def close_stage() -> None:
+    """What `finalize` ends with."""
+    tracing.shutdown()
+
+
+class Incoming:
+    """One request, decoded when asked: inputs as text or ids, parameters as they are."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self.id: str = request.request_id()
+        self.parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
+        self.operation: str = str(self.parameters.get(contracts.OPERATION, ""))
+        self.traceparent: str | None = self.parameters.get("traceparent") or None
+
+    def text(self, tensor: Tensor) -> str | None:
+        """A BYTES [1] input, or None if it was not sent."""
+        found = pb.get_input_tensor_by_name(self._request, tensor.name)
+        if found is None:
+            return None
+        values = found.as_numpy().reshape(-1)
+        if len(values) != 1:
+            raise StageError(f"'{tensor.name}' must hold one string, not {len(values)}.", param=tensor.name)
+        try:
+            return bytes(values[0]).decode()
+        except UnicodeDecodeError as error:
+            raise StageError(f"'{tensor.name}' is not valid UTF-8: {error.reason}.", param=tensor.name) from None
+
+    def ids(self, tensor: Tensor) -> list[int]:
+        """An INT64 [-1] input; empty if it was not sent."""
+        found = pb.get_input_tensor_by_name(self._request, tensor.name)
+        ids: list[int] = [] if found is None else found.as_numpy().tolist()
+        return ids
+
+    def refuse_images(self) -> None:
+        if pb.get_input_tensor_by_name(self._request, contracts.IMAGE.name) is not None:
+            raise StageError("'image' is not supported by this pipeline: it reads text only.", param="image")
+
+    def span(self, name: str) -> tracing.Span:
+        return tracing.start(name, parent=self.traceparent)
+
+
+def respond(run: Callable[[Incoming], Values], requests: Sequence[Any], stage: str) -> list[Any]:
+    """`execute` of a model that answers at once: one call of `run` a request, its values or its error the answer."""
+    return [_response(run, Incoming(request), stage) for request in requests]
+
+
+def respond_later(run: Callable[[Incoming, Answer], None], requests: Sequence[Any], stage: str) -> None:
+    """`execute` of a default-mode model that answers from another thread: `run` gets the function that answers."""
+    for request in requests:
+        reply = DecoupledReply(request.get_response_sender(), stage)
+        try:
+            run(Incoming(request), reply.answer)
+        except Exception as error:
+            reply.fail(_stage_error(error, stage))
+
+
+def respond_streaming(run: Callable[[Incoming, DecoupledReply], None], requests: Sequence[Any], stage: str) -> None:
+    """`execute` of a decoupled model: `run` gets the reply it may use as long as it lives."""
+    for request in requests:
+        reply = DecoupledReply(request.get_response_sender(), stage)
+        try:
+            run(Incoming(request), reply)
+        except Exception as error:
+            reply.fail(_stage_error(error, stage))
+
+
+class DecoupledReply:
+    """The responses of one request, sent from any thread (`pipelines.sinks.Reply`)."""
+
+    def __init__(self, sender: Any, stage: str) -> None:
+        self._sender = sender
+        self._stage = stage
+
+    def send(self, values: Values, *, final: bool = False) -> None:
+        self._send(_response(lambda _: values, None, self._stage), flags=_FINAL if final else 0)
+
+    def answer(self, values: Values | StageError) -> None:
+        """The one response of a default-mode model."""
+        if isinstance(values, StageError):
+            self.fail(values)
+        else:
+            self.send(values, final=True)
+
+    def fail(self, error: StageError) -> None:
+        self._send(pb.InferenceResponse([], error=pb.TritonError(error.to_json())), flags=_FINAL)
+
+    def end(self) -> None:
+        self._send(None, flags=_FINAL)
+
+    def gone(self) -> bool:
+        try:
+            return bool(self._sender.is_cancelled())
+        except Exception:
+            return True
+
+    def _send(self, response: Any, flags: int) -> None:
+        try:
+            if response is None:
+                self._sender.send(flags=flags)
+            else:
+                self._sender.send(response, flags=flags)
+        except Exception as error:  # the client has gone, or the response is complete: nobody is left to be told
+            log.debug("response not sent: %s", error)
+
+
+def orchestrate(pipeline: Pipeline) -> Orchestrator:
+    """The orchestrator of a pipeline, with its stages called by BLS."""
+
+    def call(
+        stage: str, values: Values, outputs: Sequence[Tensor], parameters: Mapping[str, str | int]
+    ) -> dict[Tensor, Any]:
+        request = pb.InferenceRequest(
+            model_name=contracts.model_name(pipeline.name, stage),
+            requested_output_names=[tensor.name for tensor in outputs],
+            inputs=_tensors(values),
+            parameters=dict(parameters),
+        )
+        try:
+            response = request.exec()
+        except Exception as error:  # the model is missing, or the server is going away
+            raise StageError(f"stage {stage} cannot be called: {error}", code="unavailable", stage=stage) from None
+        if response.has_error():
+            raise StageError.from_text(response.error().message(), stage=stage)
+        return {tensor: _value(tensor, pb.get_output_tensor_by_name(response, tensor.name)) for tensor in outputs}
+
+    return Orchestrator(pipeline, call)
+
+
+def _response(run: Callable[[Any], Values], request: Any, stage: str) -> Any:
+    try:
+        return pb.InferenceResponse(_tensors(run(request)))
+    except Exception as error:  # an exception must become an answer: nobody else would give one
+        return pb.InferenceResponse([], error=pb.TritonError(_stage_error(error, stage).to_json()))
+
+
+def _stage_error(error: Exception, stage: str) -> StageError:
+    if isinstance(error, StageError):
+        error.stage = error.stage or stage
+        return error
+    log.error("request failed", exc_info=error)
+    return StageError(f"stage {stage} failed: {type(error).__name__}", code="internal", stage=stage)
+
+
+def _tensors(values: Values) -> list[Any]:
+    return [pb.Tensor(tensor.name, _array(tensor, value)) for tensor, value in values.items()]
+
+
+def _array(tensor: Tensor, value: Any) -> np.ndarray[Any, Any]:
+    if tensor.dtype == "TYPE_STRING":
+        return np.array([value.encode() if isinstance(value, str) else value], dtype=np.object_)
+    return np.asarray(value, dtype=np.int64)
+
+
+def _value(tensor: Tensor, found: Any) -> Any:
+    return found.as_numpy()[0] if tensor.dtype == "TYPE_STRING" else found.as_numpy().tolist()
+
+
+def _end_with_the_server() -> None:
+    """End this stub when its server has died: after a `kill -9` stubs linger and their shared memory stays (DESIGN §4)."""
+    server = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == server:
+            time.sleep(0.5)
+        with contextlib.suppress(OSError), open("/proc/self/cmdline", "rb") as file:
+            region = file.read().split(b"\0")[2]  # the backend starts a stub as: stub model.py REGION …
+            os.unlink(b"/dev/shm/" + region)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="server-watch", daemon=True).start()

@@ -1,0 +1,86 @@
+"""Log lines carry the ids they were given, and nothing else of the request."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+
+from observability import logs
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _root():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_a_json_line_has_the_ids_and_no_other_extra():
+    out = io.StringIO()
+    logs.configure("info", stream=out)
+    extra = {
+        "trace_id": "t",
+        "span_id": "s",
+        "request_id": "r",
+        "status": 200,
+        "prompt": "secret",
+        "stage": None,
+    }
+    logging.getLogger("gateway.app").info("done in %d ms\nnew", 5, extra=extra)
+    (line,) = out.getvalue().splitlines()
+    fields = json.loads(line)
+    assert fields.pop("time").endswith("Z")
+    assert fields == {
+        "level": "info",
+        "logger": "gateway.app",
+        "message": "done in 5 ms\nnew",
+        "trace_id": "t",
+        "span_id": "s",
+        "request_id": "r",
+        "status": 200,
+    }
+
+
+def test_an_exception_is_one_json_line():
+    out = io.StringIO()
+    logs.configure("info", "json", out)
+    try:
+        raise KeyError("x")
+    except KeyError:
+        logging.getLogger("a").exception("failed")
+    fields = json.loads(out.getvalue())
+    assert fields["error_type"] == "KeyError"
+    assert "Traceback" in fields["traceback"]
+
+
+def test_a_terminal_gets_a_plain_line():
+    out = Terminal()
+    logs.configure("debug", stream=out)
+    logging.getLogger("a").debug("hello", extra={"request_id": "r"})
+    assert out.getvalue().endswith(" debug a: hello  request_id=r\n")
+    try:
+        raise KeyError("x")
+    except KeyError:
+        logging.getLogger("a").exception("failed")
+    assert out.getvalue().endswith("KeyError: 'x'\n")
+
+
+def test_levels_are_kept_and_bad_settings_refused():
+    out = io.StringIO()
+    logs.configure("warning", "text", out)
+    logging.getLogger("a").info("quiet")
+    assert out.getvalue() == ""
+    with pytest.raises(ValueError, match="'loud' must be debug"):
+        logs.configure("loud")
+    with pytest.raises(ValueError, match="'xml' must be auto"):
+        logs.configure("info", "xml")  # type: ignore[arg-type]
