@@ -4,11 +4,16 @@
 
 It sends the gateway's own bytes, one event a token, through the same uvicorn, uvloop and httptools, and knows
 the answer already: it is what the way of writing events costs, without anything to write about.
+
+Under /v1 a stream never waits for anything, so several are in truth sent one after another: the most events
+in a second, and first tokens as late as all the other streams are long. Under /fair/v1 streams take turns, as
+those of a real server do.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 
@@ -43,9 +48,13 @@ DONE = b"data: [DONE]\n\n"
 async def chat(request: Request) -> StreamingResponse:
     max_tokens = int((await request.json())["max_tokens"])
 
+    fair = request.url.path.startswith("/fair/")
+
     async def events() -> AsyncIterator[bytes]:
         yield FIRST
         for _ in range(max_tokens):
+            if fair:
+                await asyncio.sleep(0)
             yield TOKEN
         yield LAST
         yield DONE
@@ -60,6 +69,7 @@ async def ready(request: Request) -> JSONResponse:
 app = Starlette(
     routes=[
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/fair/v1/chat/completions", chat, methods=["POST"]),
         Route("/health/ready", ready, methods=["GET"]),
     ]
 )

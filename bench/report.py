@@ -1,4 +1,4 @@
-"""Numbers for people and programs: percentiles, plain tables, a JSON line. Does not know what was measured."""
+"""Numbers for people and programs: percentiles, tables, a JSON line. Does not know what was measured."""
 
 from __future__ import annotations
 

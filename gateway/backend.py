@@ -40,7 +40,10 @@ class Stream(Protocol):
     """One request's deltas."""
 
     async def next(self) -> Delta:
-        """The next one. Raises StageError; after a delta with a finish_reason nothing more is asked."""
+        """The next one: all that has come since the last, so that a caller who keeps asking comes to wait.
+
+        Raises StageError. After a delta with a finish_reason nothing more is asked.
+        """
 
     def cancel(self) -> None:
         """Ends the request. Idempotent, synchronous, safe after the end; always called in the end."""

@@ -91,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start Triton and the gateway")
     serve.add_argument("--host", help="address of the gateway (127.0.0.1)")
     serve.add_argument("--port", type=int, help="port of the gateway (8080)")
-    serve.add_argument("--triton-grpc-port", type=int, help="Triton's gRPC port (8001); HTTP is the one below, metrics the one above")
-    serve.add_argument("--pipeline", action="append", metavar="NAME", help=f"a pipeline to serve, repeatable ({DEFAULT})")
+    serve.add_argument(
+        "--triton-grpc-port", type=int, help="Triton's gRPC port (8001); HTTP is the one below, metrics the one above"
+    )
+    serve.add_argument(
+        "--pipeline", action="append", metavar="NAME", help=f"a pipeline to serve, repeatable ({DEFAULT})"
+    )
     serve.set_defaults(run=_serve)
 
     pull = commands.add_parser("pull", help="fetch a pipeline's weights")

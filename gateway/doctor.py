@@ -29,7 +29,9 @@ def check_python() -> str:
 
 def check_venv() -> str:
     if sys.prefix == sys.base_prefix:
-        raise Failed("This is not a virtual environment, and Triton's stubs take their packages from one: run `make setup`.")
+        raise Failed(
+            "This is not a virtual environment, and Triton's stubs take their packages from one: run `make setup`."
+        )
     return sys.prefix
 
 

@@ -69,9 +69,7 @@ class Generation:
         finally:
             admission.release()
 
-    async def _stream(
-        self, request: GenerationRequest, head: Head, stream: Stream, report: Report, send: Send
-    ) -> None:
+    async def _stream(self, request: GenerationRequest, head: Head, stream: Stream, report: Report, send: Send) -> None:
         first = await stream.next()  # a request that the pipeline refuses fails here, before the headers
         report.accepted(first)
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 ROTATE_AFTER = 1000  # messages: a response stream that never ends grows the server by 2 KB each (DESIGN §3)
 SILENT_S = 5 * HEARTBEAT_S  # a lane without a message for so long is dead
 _RECONNECT_S = 0.5
+_CLOSE_S = 2.0  # for the orchestrator to finish the lanes
 _MAX_MESSAGE = 64 * 1024 * 1024
 
 
@@ -94,6 +95,7 @@ class Lane:
         self._heard = 0.0
         self._numbers = 0
         self._messages = 0
+        self._closing = False
 
     @property
     def ready(self) -> bool:
@@ -101,9 +103,7 @@ class Lane:
 
     async def submit(self, submission: Submission) -> LaneStream:
         if not self.ready:
-            raise StageError(
-                f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable"
-            )
+            raise StageError(f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable")
         stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel)
         parameters = {"listener": self._listener, contracts.OPERATION: "submit"}
         if submission.traceparent:
@@ -113,8 +113,8 @@ class Lane:
         return stream
 
     async def run(self) -> None:
-        """Until cancelled: connect, read, and connect again when the lane has died."""
-        while True:
+        """Until closed: connect, read, and connect again when the lane has died."""
+        while not self._closing:
             try:
                 await self._connect()
                 reason = "the lane was closed"
@@ -123,13 +123,14 @@ class Lane:
             except asyncio.CancelledError:
                 self._lose("the gateway is shutting down")
                 raise
-            if self._heard:
+            if self._heard and not self._closing:
                 log.warning("lane of %s lost: %s", self.pipeline.name, reason)
             self._lose(reason)
-            await asyncio.sleep(_RECONNECT_S)
+            await asyncio.sleep(0 if self._closing else _RECONNECT_S)
 
     async def close(self) -> None:
         """Let the orchestrator finish the lane: Triton waits for open requests when it stops."""
+        self._closing = True
         self._send("", {"listener": self._listener, contracts.OPERATION: "close"})
         self._out.put_nowait(None)
 
@@ -230,8 +231,8 @@ class Lanes:
     async def __aexit__(self, *exception: object) -> None:
         for lane in self._lanes.values():
             await lane.close()
-        await asyncio.sleep(0.05)  # for the close requests to go out
-        for task in self._tasks:
+        _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S) if self._tasks else (set(), set())
+        for task in late:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close()

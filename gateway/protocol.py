@@ -19,6 +19,7 @@ from pipelines.messages import parse_messages
 from pipelines.sampling import Sampling
 
 MAX_DEPTH = 100  # of nested arrays and objects in a body; orjson itself stops at 1024
+_MAX_SHOWN = 80  # characters of a client's own word in a message
 _MAX_METADATA = 16  # OpenAI: "Set of 16 key-value pairs"; keys up to 64 characters, values up to 512
 _MAX_METADATA_KEY = 64
 _MAX_METADATA_VALUE = 512
@@ -126,7 +127,7 @@ def parse_request(operation: Operation, body: bytes) -> GenerationRequest:
         raise StageError("'model' must be a string.", param="model")
     for name in given:
         if name not in operation.parameters:
-            raise StageError(f"Unsupported parameter: '{name}'.", code="unsupported_parameter", param=name)
+            raise _unsupported(name)
     stream = _boolean(given, "stream")
     sampling = {name: given[name] for name in (*_SAMPLING, "max_completion_tokens") if name in given}
     return GenerationRequest(
@@ -223,6 +224,11 @@ def _missing(name: str) -> StageError:
     return StageError(f"Missing required parameter: '{name}'.", param=name)
 
 
+def _unsupported(name: str) -> StageError:
+    shown = name if len(name) <= _MAX_SHOWN else name[: _MAX_SHOWN - 3] + "..."
+    return StageError(f"Unsupported parameter: '{shown}'.", code="unsupported_parameter", param=shown)
+
+
 def _boolean(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
@@ -242,8 +248,7 @@ def _include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name != "include_usage":
-            name = f"stream_options.{name}"
-            raise StageError(f"Unsupported parameter: '{name}'.", code="unsupported_parameter", param=name)
+            raise _unsupported(f"stream_options.{name}")
     value = options.get("include_usage", False)
     if not isinstance(value, bool):
         name = "stream_options.include_usage"
@@ -275,7 +280,7 @@ def _metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
 def _deeper_than(value: Any, limit: int) -> bool:
     """Level by level, because recursion is what deep bodies are sent to exhaust."""
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             inner
             for outer in level

@@ -64,7 +64,10 @@ def _exit(number: int, frame: object) -> None:
 
 def _pull(pipeline: Pipeline) -> None:
     """In a process of its own: a first pull may convert a tokenizer, and that imports transformers."""
-    if not is_pulled(pipeline) and subprocess.run([sys.executable, "-m", "pipelines.sources", pipeline.name]).returncode:
+    if (
+        not is_pulled(pipeline)
+        and subprocess.run([sys.executable, "-m", "pipelines.sources", pipeline.name]).returncode
+    ):
         raise SystemExit(1)  # it has said why
 
 

@@ -48,7 +48,9 @@ class Triton:
     def start(self) -> None:
         for port in (self.http_port, self.grpc_port, self.metrics_port):
             if not port_is_free(port):
-                raise TritonError(f"port {port} is in use: choose others with --triton-grpc-port (it takes that port, the one below and the one above)")
+                raise TritonError(
+                    f"port {port} is in use: choose others with --triton-grpc-port (it takes that port, the one below and the one above)"
+                )
         remove_stale_shm()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         libc = ctypes.CDLL(None)
@@ -92,13 +94,17 @@ class Triton:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def wait_ready(self, models: Sequence[str], ready: Callable[[str], bool], timeout_s: float, tell: Callable[[str], None]) -> None:
+    def wait_ready(
+        self, models: Sequence[str], ready: Callable[[str], bool], timeout_s: float, tell: Callable[[str], None]
+    ) -> None:
         """Until every one of `models` answers `ready`; `tell` hears of each as it comes."""
         waiting = list(models)
         deadline = time.monotonic() + timeout_s
         while waiting:
             if not self.running():
-                raise TritonError(f"tritonserver stopped while loading: {self._last_error()} (all of it: {self.log_file})")
+                raise TritonError(
+                    f"tritonserver stopped while loading: {self._last_error()} (all of it: {self.log_file})"
+                )
             if time.monotonic() > deadline:
                 raise TritonError(f"{', '.join(waiting)} not ready after {timeout_s:g} s (see {self.log_file})")
             for model in [model for model in waiting if ready(model)]:
@@ -129,7 +135,11 @@ class Triton:
     def _last_error(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.exists() else []
         errors = [line for line in lines if re.match(r"E\d{4} ", line) or line.startswith("error:")]
-        return errors[-1].split("] ", 1)[-1][:300] if errors else f"exit code {self._process.returncode if self._process else '?'}"
+        return (
+            errors[-1].split("] ", 1)[-1][:300]
+            if errors
+            else f"exit code {self._process.returncode if self._process else '?'}"
+        )
 
 
 def server_home() -> Path:
@@ -162,15 +172,29 @@ def backend_directory() -> Path:
 def libpython() -> Path | None:
     """The shared libpython of this interpreter, which the stub loads; None if it was built without one."""
     name = sysconfig.get_config_var("INSTSONAME") or ""
-    folders = [sysconfig.get_config_var("LIBDIR") or "", str(Path(sys.base_prefix) / "lib"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
-    return next((Path(folder) / name for folder in folders if name.startswith("libpython") and name.count(".so") and (Path(folder) / name).exists()), None)
+    folders = [
+        sysconfig.get_config_var("LIBDIR") or "",
+        str(Path(sys.base_prefix) / "lib"),
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+    ]
+    return next(
+        (
+            Path(folder) / name
+            for folder in folders
+            if name.startswith("libpython") and name.count(".so") and (Path(folder) / name).exists()
+        ),
+        None,
+    )
 
 
 def environment() -> dict[str, str]:
     """What the server and its stubs need: this virtual environment first, its libraries and libpython to be found."""
     library = libpython()
     if library is None:
-        raise TritonError("this Python has no shared libpython: use one that has (Debian: python3-dev; pyenv: --enable-shared; uv's have it)")
+        raise TritonError(
+            "this Python has no shared libpython: use one that has (Debian: python3-dev; pyenv: --enable-shared; uv's have it)"
+        )
     libraries = [str(server_home().parent.parent / "nvidia_pytriton.libs"), str(library.parent)]
     current = os.environ.get("LD_LIBRARY_PATH", "")
     path = [str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]

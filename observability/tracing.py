@@ -61,7 +61,8 @@ class Span:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self.error(kind.__name__, str(error))
+            code = getattr(error, "code", None)  # an error of ours has a name of few values
+            self.error(code if isinstance(code, str) else kind.__name__, str(error))
         self.end()
 
 

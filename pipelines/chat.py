@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipelines.errors import StageError
-from pipelines.generate import Poll
+from pipelines.generate import Poll, Row
 from pipelines.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Window:
-    """One request's input to postprocess: the ids that may still matter, how many are new, what was said of them."""
+    """One request's input to postprocess: the ids that may still matter, and how many of them are new."""
 
     ids: list[int]
     new: int
@@ -31,7 +31,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Text:
-    """Its output: the texts to send (one, or one for each new id), the ids to forget, the characters sent of the rest."""
+    """Its output: the texts to send (one, or one for each new id), how many ids to forget, and `sent` to keep."""
 
     texts: list[str]
     drop: int
@@ -140,7 +140,7 @@ class Chat:
             self.cancel(handle)
 
     def admit(self, handle: str, id: str, sink: Sink, traceparent: str | None) -> None:
-        """The request is known from here on, so that a cancel finds it. `handle` is unique here, `id` the listener's."""
+        """From here on a cancel finds the request. `handle` is its name here, `id` its listener's name for it."""
         with self._lock:
             if handle in self._live:
                 raise StageError(f"request {id!r} is running already", stage="orchestrator")
@@ -183,58 +183,68 @@ class Chat:
     def turn(self) -> list[Sink]:
         """One poll, one postprocess, one message to each listener; answers which listeners have gone."""
         poll = self._stages.poll(COALESCE_S if self._waiting else HEARTBEAT_S)
-        with self._lock:
-            work = [(row, self._live.get(row.id)) for row in poll.rows]
-        for row, live in work:
-            if live is None and not row.finish_reason:  # cancelled here, or a predecessor's: it has no reader
-                self._stages.cancel(row.id)
-        mine = [(row, live) for row, live in work if live is not None]
-        windows = []
-        for row, live in mine:
-            live.window += row.output_ids
-            live.completion_tokens += len(row.output_ids)
-            windows.append(Window(live.window, len(row.output_ids), live.sent, live.stop, bool(row.finish_reason)))
-        started_ns = time.time_ns()
-        failure: StageError | None = None
-        texts: list[Text] = []
-        if windows:
-            try:
-                texts = self._stages.postprocess(windows)
-            except StageError as error:
-                failure = error
-                texts = [Text([], 0, 0)] * len(windows)
-        ended_ns = time.time_ns()
-        for (row, live), text in zip(mine, texts, strict=True):
-            del live.window[: text.drop]
-            live.sent = text.sent
-            live.text_calls += 1
-            live.text_busy_ns += (ended_ns - started_ns) // len(windows)
-            live.text_first_ns = live.text_first_ns or started_ns
-            error = StageError(row.error, code="internal", stage="generate") if row.finish_reason == "error" else failure
-            event = self._event(live, row.finish_reason, row.stages, text.texts, error)
-            if event.last:
-                self._end(row.id, live, ended_ns, cancel=failure is not None and not row.finish_reason)
-            live.sink.push(event)
+        claimed = self._claim(poll.rows)
+        texts = self._texts(claimed) if claimed else []
+        for (row, live), text in zip(claimed, texts, strict=True):
+            live.sink.push(self._event(row, live, text))
         return self._flush(poll.counters)
 
-    def _event(
-        self, live: _Live, finish_reason: str, stages: Mapping[str, float], texts: list[str], error: StageError | None
-    ) -> Event:
+    def _claim(self, rows: Sequence[Row]) -> list[tuple[Row, _Live]]:
+        """The rows that somebody waits for, their ids added to the window. The others are cancelled."""
+        with self._lock:
+            claimed = [(row, live) for row in rows if (live := self._live.get(row.id))]
+            known = self._live.keys() & {row.id for row in rows}
+        for row in rows:
+            if row.id not in known and not row.finish_reason:  # cancelled here, or a predecessor's
+                self._stages.cancel(row.id)
+        for row, live in claimed:
+            live.window += row.output_ids
+            live.completion_tokens += len(row.output_ids)
+        return claimed
+
+    def _texts(self, claimed: Sequence[tuple[Row, _Live]]) -> list[Text | StageError]:
+        """One postprocess call for all; its failure is everybody's."""
+        windows = [
+            Window(live.window, len(row.output_ids), live.sent, live.stop, bool(row.finish_reason))
+            for row, live in claimed
+        ]
+        started_ns = time.time_ns()
+        texts: list[Text | StageError]
+        try:
+            texts = list(self._stages.postprocess(windows))
+        except StageError as error:
+            texts = [error] * len(windows)
+        share_ns = (time.time_ns() - started_ns) // len(windows)
+        for (_, live), text in zip(claimed, texts, strict=True):
+            live.text_calls += 1
+            live.text_busy_ns += share_ns
+            live.text_first_ns = live.text_first_ns or started_ns
+            if isinstance(text, Text):
+                del live.window[: text.drop]
+                live.sent = text.sent
+        return texts
+
+    def _event(self, row: Row, live: _Live, text: Text | StageError) -> Event:
         with self._lock:
             first, live.announced = not live.announced, True
-        if not (finish_reason or error):
-            return Event(live.id, texts, prompt_tokens=live.prompt_tokens if first else 0)
-        timing = {"preprocess": live.preprocess_ms, **stages, "postprocess": live.text_busy_ns / 1e6}
-        return Event(
-            live.id, texts, "" if error else finish_reason, live.prompt_tokens, live.completion_tokens, timing, error
-        )
+        error = StageError(row.error, code="internal", stage="generate") if row.finish_reason == "error" else None
+        if isinstance(text, StageError):
+            text, error = Text([], 0, 0), text
+        if not (row.finish_reason or error):
+            return Event(live.id, text.texts, prompt_tokens=live.prompt_tokens if first else 0)
+        self._end(row, live)
+        stages = {"preprocess": live.preprocess_ms, **row.stages, "postprocess": live.text_busy_ns / 1e6}
+        reason = "" if error else row.finish_reason
+        return Event(live.id, text.texts, reason, live.prompt_tokens, live.completion_tokens, stages, error)
 
-    def _end(self, handle: str, live: _Live, ended_ns: int, cancel: bool) -> None:
+    def _end(self, row: Row, live: _Live) -> None:
+        """The request's last event is on its way: forget it, and have generate do so if it does not know yet."""
         with self._lock:
-            self._live.pop(handle, None)
-        if cancel:
-            self._stages.cancel(handle)
+            self._live.pop(row.id, None)
+        if not row.finish_reason:
+            self._stages.cancel(row.id)
         if live.traceparent:
+            ended_ns = time.time_ns()
             self._stages.trace_postprocess(
                 live.traceparent, live.text_first_ns, ended_ns, live.text_calls, live.text_busy_ns
             )

@@ -12,7 +12,9 @@ class StageError(Exception):
     timeout, internal. `stage` is the stage that failed.
     """
 
-    def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None, stage: str = "") -> None:
+    def __init__(
+        self, message: str, *, code: str = "invalid_request", param: str | None = None, stage: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code

@@ -136,6 +136,8 @@ class Generate:
         with self._lock:
             ids = [id for id, work in self._works.items() if work.name == name]
             self._commands.extend(("cancel", id) for id in ids)
+            if name in self._mailbox:  # nobody wants what is left of it
+                self._mailbox[name].output_ids.clear()
             self._work_to_do.notify()
         return len(ids)
 
@@ -305,10 +307,14 @@ def _trace(work: _Work) -> None:
         "gen_ai.usage.input_tokens": len(work.request.input_ids),
         "gen_ai.usage.output_tokens": work.produced,
     }
-    error = ("internal", work.error) if work.finish_reason == "error" else None
-    span = tracing.record("generate", work.traceparent, work.arrived_ns, work.last_ns, attributes, error=error)
+    span = tracing.start("generate", parent=work.traceparent, attributes=attributes, start_ns=work.arrived_ns)
+    if work.finish_reason == "error":
+        span.error("internal", work.error)
     tracing.record("queue", span, work.arrived_ns, prefill_ns)
     if work.first_ns:
-        tracing.record("prefill", span, prefill_ns, first_ns, {"gen_ai.usage.input_tokens": len(work.request.input_ids)})
+        tracing.record(
+            "prefill", span, prefill_ns, first_ns, {"gen_ai.usage.input_tokens": len(work.request.input_ids)}
+        )
         gaps = {"triptych.gap_ms.bounds": list(GAP_BINS_MS), "triptych.gap_ms.counts": work.gaps}
         tracing.record("decode", span, first_ns, work.last_ns, gaps)
+    span.end(work.last_ns)

@@ -65,9 +65,7 @@ def _message(value: object, path: str) -> dict[str, object]:
         message["name"] = _string(given["name"], f"{path}.name")
     if role == "tool":
         if "tool_call_id" not in given:
-            raise StageError(
-                f"'{path}.tool_call_id' is required with role 'tool'.", param=f"{path}.tool_call_id"
-            )
+            raise StageError(f"'{path}.tool_call_id' is required with role 'tool'.", param=f"{path}.tool_call_id")
         message["tool_call_id"] = _string(given["tool_call_id"], f"{path}.tool_call_id")
     return message
 
@@ -77,9 +75,7 @@ def _role(given: Mapping[str, object], path: str) -> str:
         raise StageError(f"'{path}.role' is required.", param=f"{path}.role")
     role = _string(given["role"], f"{path}.role")
     if role not in ROLES:
-        raise StageError(
-            f"'{path}.role' must be one of {', '.join(ROLES)}, not {_shown(role)}.", param=f"{path}.role"
-        )
+        raise StageError(f"'{path}.role' must be one of {', '.join(ROLES)}, not {_shown(role)}.", param=f"{path}.role")
     return role
 
 
@@ -94,8 +90,7 @@ def _refuse_unsupported(given: Mapping[str, object], role: str, path: str) -> No
         if key not in _KEYS[role] and key != "tool_calls":
             where = f"{path}.{_shown(key, quote='')}"
             raise StageError(
-                f"'{where}' is not supported; a message with role '{role}' takes "
-                f"{', '.join(sorted(_KEYS[role]))}.",
+                f"'{where}' is not supported; a message with role '{role}' takes {', '.join(sorted(_KEYS[role]))}.",
                 code="unsupported_parameter",
                 param=where,
             )

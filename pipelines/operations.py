@@ -49,10 +49,13 @@ def load_engine(pipeline: Pipeline) -> Engine:
         limits = replace(limits, context=pipeline.context or limits.context)
         return EchoEngine(limits, tokens_per_s=pipeline.echo_tokens_per_s, max_running=pipeline.max_running)
     # torch takes seconds to import: only where it is used
-    from pipelines.engine.batched import BatchedEngine
-    from pipelines.engine.weights import best_device, load as load_weights
+    import torch
 
-    model, limits = load_weights(pipeline.home, dtype=pipeline.dtype, device=best_device())
+    from pipelines.engine import weights
+    from pipelines.engine.batched import BatchedEngine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, device=device)
     limits = replace(limits, context=pipeline.context or limits.context)
     return BatchedEngine(model, limits, max_running=pipeline.max_running)
 

@@ -55,7 +55,9 @@ class CalledStages:
         self._call = call
         self._per_token = per_token
 
-    def preprocess(self, inputs: Mapping[str, str], sampling: str, traceparent: str | None) -> tuple[Sequence[int], str]:
+    def preprocess(
+        self, inputs: Mapping[str, str], sampling: str, traceparent: str | None
+    ) -> tuple[Sequence[int], str]:
         values = {tensor: inputs[tensor.name] for tensor in contracts.REQUEST if tensor.name in inputs}
         out = self._call(
             "preprocess",
@@ -73,7 +75,7 @@ class CalledStages:
         self._call("generate", values, [contracts.ROWS], parameters)
 
     def poll(self, wait_s: float) -> Poll:
-        parameters = {contracts.OPERATION: "poll", "wait_ms": int(wait_s * 1000)}
+        parameters: dict[str, str | int] = {contracts.OPERATION: "poll", "wait_ms": int(wait_s * 1000)}
         out = self._call("generate", {}, [contracts.OUTPUT_IDS, contracts.ROWS], parameters)
         return wire.unpack_poll(out[contracts.OUTPUT_IDS], out[contracts.ROWS])
 
@@ -83,9 +85,7 @@ class CalledStages:
     def postprocess(self, windows: list[Window]) -> list[Text]:
         ids, rows = wire.pack_windows(windows)
         parameters = {"per_token": self._per_token}
-        out = self._call(
-            "postprocess", {contracts.OUTPUT_IDS: ids, contracts.ROWS: rows}, [contracts.ROWS], parameters
-        )
+        out = self._call("postprocess", {contracts.OUTPUT_IDS: ids, contracts.ROWS: rows}, [contracts.ROWS], parameters)
         return wire.unpack_texts(out[contracts.ROWS])
 
     def trace_postprocess(self, traceparent: str, start_ns: int, end_ns: int, calls: int, busy_ns: int) -> None:

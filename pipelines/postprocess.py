@@ -64,11 +64,10 @@ class Postprocess:
         final: bool = False,
         per_token_from: int | None = None,
     ) -> Delta:
-        """What the window `ids` releases beyond `sent`. New ids begin at `per_token_from`, if each is to have
-        its text.
+        """What the window `ids` releases beyond `sent`; `final`: no id follows, so everything is released.
 
-        `final`: no id follows, so everything is released. What an id gets in per-token mode is independent of
-        the chunks too: a text that was held goes to the id that settles it.
+        `per_token_from`: from there on the ids are new, and each gets its own text. Which text does not depend
+        on the chunks either: one that was held goes to the id that settles it.
         """
         if sent == _STARTED or (sent == 0 and self._detok.uniform):
             plain = self._plain(ids, sent, stop, per_token_from)
@@ -81,18 +80,14 @@ class Postprocess:
         return self.delta(ids, 0, stop=stop, final=True).text
 
     def stop_checker(self, stop: Sequence[str]) -> Callable[[int], bool]:
-        """For the engine: told each new id in turn, answers whether a stop string is complete in the settled
-        text.
+        """For the engine: told each new id in turn, it answers whether a stop string is complete.
 
-        Ends generation at the id that completes one. A stop string in text that may still change does not
-        count yet: `full` and `delta` find it in the same place, for what is settled is the beginning of the
-        full decode.
+        Generation ends at that id. A stop string in text that may still change does not count yet; `full` and
+        `delta` find it in the same place, for the settled text is the beginning of the full decode.
         """
         push = self._detok.stream(False).push
-        reach = (
-            max(map(len, stop), default=1) - 1
-        )  # characters before an id's text that a stop string may begin in
-        tail = ""
+        reach = max(map(len, stop), default=1) - 1
+        tail = ""  # what a stop string may have begun in
 
         def stops_at(token_id: int) -> bool:
             nonlocal tail
@@ -107,12 +102,8 @@ class Postprocess:
 
         return stops_at
 
-    def _plain(
-        self, ids: Sequence[int], sent: int, stop: Sequence[str], per_token_from: int | None
-    ) -> Delta | None:
-        """The common case: every id is text by itself, and no stop string begins. None if it is not that
-        case.
-        """
+    def _plain(self, ids: Sequence[int], sent: int, stop: Sequence[str], per_token_from: int | None) -> Delta | None:
+        """The common case: every id is text by itself, and no stop string begins. None if it is another."""
         if per_token_from:
             return None
         texts = list(map(self._entry, ids))
@@ -133,10 +124,7 @@ class Postprocess:
         new = len(ids) if per_token_from is None else per_token_from
         release = _Release(stop, "".join(pieces[:new])[sent:])
         # Without new pieces the held text itself is looked at: all of it, or what was held and is now final.
-        texts = [
-            release.push(piece, final and index == len(ids))
-            for index, piece in enumerate(pieces[new:], new + 1)
-        ]
+        texts = [release.push(piece, final and index == len(ids)) for index, piece in enumerate(pieces[new:], new + 1)]
         text = "".join(texts) if texts else release.push("", final)
         released = sent + len(text)
         drop, length = 0, 0
@@ -147,9 +135,7 @@ class Postprocess:
             flag = _STARTED if started and not self._detok.uniform else 0
         return Delta(text, texts, drop, flag | (released - length), release.stopped)
 
-    def _settle(
-        self, ids: Sequence[int], started: bool, final: bool
-    ) -> tuple[list[str], list[tuple[int, int, bool]]]:
+    def _settle(self, ids: Sequence[int], started: bool, final: bool) -> tuple[list[str], list[tuple[int, int, bool]]]:
         """The text that each id settles; and where the window may be cut: ids before, their characters,
         started.
         """

@@ -1,7 +1,7 @@
 """Completes a fetched folder, so that the stages read plain files: tokenizer, config, chat template.
 
 transformers does the converting, in a child process (`python -m pipelines.prepare FOLDER`): the one who pulls
-keeps neither its memory nor its import time, and a folder that lacks nothing starts no child. Knows no sources
+keeps neither its memory nor its import time; a folder that lacks nothing starts no child. Knows no sources
 and no network; files that are links are replaced here, never written through.
 """
 
@@ -43,9 +43,23 @@ class PrepareError(Exception):
 
 def prepare(folder: Path) -> None:
     """Adds what `folder` lacks. Its weights (*.gguf or *.safetensors) are there already."""
+    gguf = _gguf(folder)
+    if not gguf and not (folder / CONFIG).exists():
+        raise PrepareError(f"it has no {CONFIG}")
+    if gguf and not _is_gguf(gguf):
+        raise PrepareError(f"{gguf.name} is not a GGUF file")
     if not all((folder / name).exists() for name in (TOKENIZER, TOKENIZER_CONFIG, CONFIG)):
         _convert_in_child(folder)
     _write_chat_template(folder)
+
+
+def _gguf(folder: Path) -> Path | None:
+    return next(folder.glob("*.gguf"), None)
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
 
 
 def _convert_in_child(folder: Path) -> None:
@@ -70,14 +84,14 @@ def _convert_in_child(folder: Path) -> None:
 
 def convert(folder: Path) -> None:
     """Imports transformers. What it writes is moved into place only when all of it is written."""
-    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    gguf = _gguf(folder)
     fresh = folder / ".fresh"
     fresh.mkdir()
     try:
         if not (folder / TOKENIZER).exists() or not (folder / TOKENIZER_CONFIG).exists():
             _save_tokenizer(folder, gguf, fresh)
-        if not (folder / CONFIG).exists():
-            _save_config(folder, gguf, fresh)
+        if gguf and not (folder / CONFIG).exists():
+            _save_config(gguf, fresh)
         for file in fresh.iterdir():
             os.replace(file, folder / file.name)
     finally:
@@ -113,12 +127,10 @@ def _generation_config(tokenizer: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 
-def _save_config(folder: Path, gguf: Path | None, target: Path) -> None:
+def _save_config(gguf: Path, target: Path) -> None:
     from transformers import AutoConfig
 
-    if gguf is None:
-        raise PrepareError(f"it has no {CONFIG}")
-    config = AutoConfig.from_pretrained(folder, gguf_file=gguf.name).to_diff_dict()
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_diff_dict()
     for leftover in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(leftover, None)
     _write_json(target / CONFIG, config)
@@ -167,9 +179,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def main() -> int:
     try:
         convert(Path(sys.argv[1]))
-    except PrepareError as error:
-        print(error, file=sys.stderr)
-        return 1
     except Exception as error:  # transformers raises many kinds; a traceback is nothing for a user
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"transformers could not convert it: {reason[:300]}", file=sys.stderr)

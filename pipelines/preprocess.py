@@ -67,11 +67,7 @@ class Preprocess:
         if text is not None:
             rendered, template = utf8(text, "text"), False
         else:
-            chat = (
-                load_messages(messages)
-                if messages is not None
-                else _one_message(utf8(prompt or "", "prompt"))
-            )
+            chat = load_messages(messages) if messages is not None else _one_message(utf8(prompt or "", "prompt"))
             with stage("render"):
                 rendered, template = self._render(chat, param), True
         with stage("tokenize"):
@@ -85,15 +81,11 @@ class Preprocess:
     def _render(self, chat: Sequence[dict[str, object]], param: str) -> str:
         if self.template is None:
             raise StageError(
-                "This pipeline has no chat template (it is a base model): "
-                "send 'text' (POST /v1/completions) instead.",
+                "This pipeline has no chat template (it is a base model): send 'text' (POST /v1/completions) instead.",
                 param=param,
             )
         if "developer" not in self.template.source:
-            chat = [
-                {**message, "role": "system"} if message["role"] == "developer" else message
-                for message in chat
-            ]
+            chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
         return self.template.render(chat)
 
     def _fit(self, sampling: Sampling, used: int, param: str) -> Sampling:
@@ -101,8 +93,7 @@ class Preprocess:
         limit = f"This model's maximum context length is {self.context} tokens."
         if used >= self.context:
             raise StageError(
-                f"{limit} However, your {param} resulted in {used} tokens. "
-                f"Please reduce the length of the {param}.",
+                f"{limit} However, your {param} resulted in {used} tokens. Please reduce the length of the {param}.",
                 code="context_length_exceeded",
                 param=param,
             )

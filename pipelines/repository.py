@@ -1,6 +1,6 @@
 """Renders a pipeline's five models into a model repository. The checked-in one is this for the default pipeline.
 
-    python -m pipelines.repository        writes model_repository/*/config.pbtxt anew from contracts.py
+python -m pipelines.repository        writes model_repository/*/config.pbtxt anew from contracts.py
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class Sampling:
         if "max_completion_tokens" in given:
             if "max_tokens" in given:
                 raise StageError(
-                    "max_tokens and max_completion_tokens mean the same: send one of them.", param="max_completion_tokens"
+                    "max_tokens and max_completion_tokens mean the same: send one of them.",
+                    param="max_completion_tokens",
                 )
             _integer(given, "max_completion_tokens", minimum=1)
         unknown = sorted(given.keys() - _PARSERS.keys())
@@ -45,7 +46,7 @@ class Sampling:
                 code="unsupported_parameter",
                 param=unknown[0],
             )
-        values = {name: parse(given, name) for name, parse in _PARSERS.items() if name in given}
+        values: dict[str, Any] = {name: parse(given, name) for name, parse in _PARSERS.items() if name in given}
         if "max_completion_tokens" in values:
             values["max_tokens"] = values.pop("max_completion_tokens")
         return cls(**values)

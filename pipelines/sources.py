@@ -1,8 +1,8 @@
 """Fetches what a pipeline's source names and makes its `home` complete, whole or not at all.
 
 Work happens in a folder beside `home` that is renamed at the end, under a lock, so that a home that exists is
-complete; `pulled.json` in it lists its files. Every failure is a `PullError`: one sentence with the remedy. Knows
-no engine and no Triton; runs nothing of what it downloads.
+complete; `pulled.json` in it lists its files. Every failure is a `PullError`: one sentence with the remedy.
+Knows no engine and no Triton; runs nothing of what it downloads.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _fetch_hf(pipeline: Pipeline, folder: Path, work: Path, progress: Progress) 
     except (PullError, KeyboardInterrupt):
         raise
     except Exception as error:  # the hub's, httpx's and the operating system's
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and (error.errno in _DISK_FULL or error.filename):
             raise
         raise PullError(_hf_sentence(error, repo, revision)) from error
     finally:

@@ -11,6 +11,7 @@ dicts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
@@ -26,6 +27,8 @@ MAX_RENDERED = 64 * 2**20  # characters; far above any context, far below the ma
 MAX_REPEAT = 100_000  # for `range`, `'-' * n`, `ljust(n)` and the like: Jinja's own limit on a range
 MAX_RANGED = 1_000_000  # iterations over all ranges of one rendering
 
+_WIDE = re.compile(r"\d{6}|:[^{}]*\{|[%.]\*")
+
 
 class ChatTemplate:
     """One compiled template, with the special tokens it may name."""
@@ -37,9 +40,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, home: Path) -> ChatTemplate | None:
-        """The template in a prepared folder: its own file, else the key in tokenizer_config.json; None
-        without one.
-        """
+        """The template in a prepared folder: a file, else a key of tokenizer_config.json; None without one."""
         config = _read_json(home / "tokenizer_config.json")
         file = home / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.exists() else _default(config.get("chat_template"))
@@ -141,17 +142,23 @@ def _compile(source: str) -> jinja2.Template:
             _check_sizes(left, right)
             if operator == "*":
                 _check_product(left, right)
+            elif isinstance(left, str):
+                _check_pattern(left)
             return super().call_binop(context, operator, left, right)
 
+        def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+            wrapped = super().wrap_str_format(value)
+            if wrapped is not None:
+                _check_pattern(value.__self__)
+            return wrapped
+
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-            if getattr(__obj, "__self__", None) is not None:  # a method of a value: ljust, zfill, format…
+            if getattr(__obj, "__self__", None) is not None:  # a method of a value: ljust, zfill…
                 _check_sizes(*args, *kwargs.values())
             return super().call(__context, __obj, *args, **kwargs)
 
     class Namespace(jinja2.utils.Namespace):
-        """No dunder attributes, as in transformers; no text that grows without end, for loops write here
-        only.
-        """
+        """No private attributes, as in transformers; and no endless text, for loops can only write here."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:  # Jinja's trick: `namespace(self=…)` must work
             attributes = dict(*args[1:], **kwargs)
@@ -166,7 +173,7 @@ def _compile(source: str) -> jinja2.Template:
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     for name in ("batch", "center", "format", "indent", "slice", "wordwrap"):
         environment.filters[name] = _bounded_filter(environment.filters[name])
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = _bounded_filter(_tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = Namespace
@@ -176,9 +183,7 @@ def _compile(source: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"the chat template does not compile: line {error.lineno}: {error.message}"
-        ) from None
+        raise ValueError(f"the chat template does not compile: line {error.lineno}: {error.message}") from None
 
 
 def _check_sizes(*values: object) -> None:
@@ -198,6 +203,14 @@ def _check_product(left: object, right: object) -> None:
             raise SecurityError(f"a template may not repeat something to more than {MAX_RENDERED}")
 
 
+def _check_pattern(pattern: str) -> None:
+    """A pattern for `%` or `format`: no field of a million characters, nor of a width that is computed."""
+    from jinja2.exceptions import SecurityError
+
+    if _WIDE.search(pattern):
+        raise SecurityError(f"a template may not format fields wider than {MAX_REPEAT}")
+
+
 def _check_attribute(name: object, value: object) -> None:
     from jinja2.exceptions import SecurityError
 
@@ -211,6 +224,8 @@ def _bounded_filter(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def bounded(*args: Any, **kwargs: Any) -> Any:
         _check_sizes(*args, *kwargs.values())
+        if args and isinstance(args[0], str) and plain.__name__ == "do_format":
+            _check_pattern(args[0])
         return plain(*args, **kwargs)
 
     return bounded
@@ -247,9 +262,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own escapes HTML characters, which a model was not trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -71,4 +71,12 @@ def unpack_events(packed: bytes) -> tuple[list[Event], dict[str, int]]:
 
 def _event(event: Event) -> tuple[Any, ...]:
     error = event.error.to_json() if event.error else None
-    return (event.id, event.texts, event.finish_reason, event.prompt_tokens, event.completion_tokens, event.stages, error)
+    return (
+        event.id,
+        event.texts,
+        event.finish_reason,
+        event.prompt_tokens,
+        event.completion_tokens,
+        event.stages,
+        error,
+    )

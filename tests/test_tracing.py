@@ -12,9 +12,9 @@ import time
 import urllib.request
 
 import pytest
-from otlp_receiver import BrokenTrace, ReceivedSpan, Receiver, build_tree
 
 from observability import tracing
+from tests.otlp_receiver import BrokenTrace, ReceivedSpan, Receiver, build_tree
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CALLER = "b7ad6b7169203331"

@@ -1,13 +1,15 @@
 """A GGUF file's tensors, by name. The `gguf` package knows its blocks and names; this reads its header.
 
-gguf.GGUFReader makes several arrays of every entry of the vocabulary: 2.2 s for 49,000 tokens, and the vocabulary is
-not what is wanted here. Knows no torch and no model.
+gguf.GGUFReader makes several arrays of every entry of the vocabulary: 2.2 s for 49,000 tokens, and it is not the
+vocabulary that is wanted here. Knows no torch and no model.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
+_PART = 1 << 18  # elements dequantised at once
 
 
 class GgufFile:
@@ -36,28 +39,35 @@ class GgufFile:
         self._start = -(-header.offset // alignment) * alignment
 
     def names_of(self, parameters: Iterable[str], layers: int) -> dict[str, str]:
-        """The stored name of each transformers parameter; GGUF has no name for some, then one that is not stored."""
+        """The stored name of each transformers parameter: one that no tensor has, where GGUF has no name."""
         architecture = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == self.architecture)
         known_names = get_tensor_name_map(architecture, layers)
         stems = {name: name.rpartition(".") for name in parameters}
         return {name: f"{known_names.get_name(stem)}.{suffix}" for name, (stem, _, suffix) in stems.items()}
 
-    def read(self, name: str) -> Array:
-        """One tensor, dequantised to float32."""
+    def read(self, name: str, pool: Executor) -> Array:
+        """One tensor, dequantised to float32, in parts: numpy lets go of the lock, and a part stays in the cache."""
         kind, shape, offset = self.tensors[name]
         block, size = GGML_QUANT_SIZES[kind]
-        row = shape[-1] // block * size
-        count = int(np.prod(shape[:-1], dtype=np.int64)) * row
+        blocks, step = math.prod(shape) // block, max(1, _PART // block)
         start = self._start + offset
-        found: Array = dequantize(self._data[start : start + count].reshape(-1, row), kind)
-        return found.astype(np.float32, copy=False).reshape(shape)
+        stored = self._data[start : start + blocks * size].reshape(blocks, size)
+        found = np.empty((blocks, block), np.float32)
+
+        def fill(at: int) -> None:
+            # As one long row: dequantize goes by 16 rows at a time, which is slow for short ones.
+            part = stored[at : at + step].reshape(1, -1)
+            found[at : at + step] = dequantize(part, kind).reshape(-1, block)
+
+        list(pool.map(fill, range(0, blocks, step)))
+        return found.reshape(shape)
 
 
 class _Header:
     """Reads from the file's start: the fields (arrays are stepped over), then where each tensor is."""
 
     def __init__(self, data: Array) -> None:
-        self._data = memoryview(data)
+        self._data = memoryview(data)  # type: ignore[arg-type]  # numpy 1 does not say that it is a Buffer
         self.offset = 0
         magic, version, tensors, fields = self._take("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):

@@ -6,6 +6,7 @@ Does not know the weights, nor what a catalog entry overrides.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,21 @@ def _eos_ids(home: Path, config: dict[str, Any]) -> Iterator[int]:
 
 
 def _token_id(home: Path, settings: dict[str, Any], token: str) -> int | None:
-    """From tokenizer_config.json where it lists its added tokens, else from the tokenizer: slower."""
+    """Where added tokens are listed; else the tokenizer is asked, which takes seconds for a large vocabulary."""
     for number, added in settings.get("added_tokens_decoder", {}).items():
         if added.get("content") == token:
             return int(number)
-    if not (home / "tokenizer.json").exists():
+    file = home / "tokenizer.json"
+    if not file.exists():
         return None
+    text = file.read_text(encoding="utf-8")
+    if listed := re.search(r'"added_tokens":\s*(?=\[)', text):  # the list alone: the vocabulary is long
+        for added in json.JSONDecoder().raw_decode(text, listed.end())[0]:
+            if added.get("content") == token:
+                return int(added["id"])
     from tokenizers import Tokenizer
 
-    found: int | None = Tokenizer.from_file(str(home / "tokenizer.json")).token_to_id(token)
+    found: int | None = Tokenizer.from_str(text).token_to_id(token)
     return found
 
 

@@ -1,7 +1,7 @@
 """From logits to tokens: one row a request, each drawn from its own seed and position and from nothing else.
 
-Knows no model and no request: a row's token does not depend on which rows are beside it, so a seed reproduces an
-answer whatever else runs. Stateless: the same arguments always give the same tokens.
+Knows no model and no request: a row's token does not depend on which rows are beside it, so a seed reproduces
+an answer whatever else runs. Stateless: the same arguments always give the same tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ _NUCLEUS = 1024  # how many of a row's likeliest are sorted at first; most nucle
 
 
 def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """One token a row of `logits` [B, V]. `positions` are how many tokens each request has generated so far."""
+    """One token a row of `logits` [B, V]. `positions`: how many tokens each request has generated so far."""
     tokens = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
-        tokens[rows] = _draw(logits[rows], [samplings[row] for row in drawn], [positions[row] for row in drawn])
+        chosen = [samplings[row] for row in drawn]
+        draws = [uniform(_seed(samplings[row]), positions[row]) for row in drawn]
+        tokens[rows] = _draw(logits[rows], chosen, _doubles(draws, logits))
     tokens.masked_fill_(~torch.isfinite(logits.amax(-1)), BROKEN)
     found: list[int] = tokens.tolist()
     return found
@@ -37,28 +39,25 @@ def uniform(seed: int, position: int) -> float:
     return (_mix((_mix(seed & _MASK) + position * _GAMMA) & _MASK) >> 11) * 2.0**-53
 
 
-def _draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
-    """By the inverse of the cumulative distribution, in float64: float32 loses a vocabulary's tail when summing it.
+def _draw(logits: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
+    """The inverse of the cumulative distribution at `draws`. In float64: float32 loses a vocabulary's tail.
 
-    The tokens are taken in vocabulary order and not by probability, so that rounding that swaps two near neighbours
-    moves a boundary by as much as the rounding and not by a token's whole share.
+    The tokens are taken in vocabulary order and not by probability, so that rounding that swaps two near
+    neighbours moves a boundary by as much as the rounding and not by a token's whole share.
     """
-    device = logits.device
-    temperatures = torch.tensor([sampling.temperature for sampling in samplings], dtype=torch.float64, device=device)
-    top_p = torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64, device=device)
-    draws = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
+    temperatures = _doubles([sampling.temperature for sampling in samplings], logits)
     wide = logits.double()
-    wide = (wide - wide.amax(-1, keepdim=True)) / temperatures[:, None]  # first less the maximum: no overflow
+    wide = (wide - wide.amax(-1, keepdim=True)) / temperatures[:, None]  # less the maximum: no overflow
     probabilities = torch.softmax(wide, -1)
     narrowed = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1]
     if narrowed:
-        rows = torch.tensor(narrowed, device=device)
-        probabilities[rows] = _nucleus(probabilities[rows], top_p[rows])
+        rows = torch.tensor(narrowed, device=logits.device)
+        top_p = _doubles([samplings[row].top_p for row in narrowed], logits)
+        probabilities[rows] = _nucleus(probabilities[rows], top_p)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
-    wanted = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * total
-    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach the total
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may reach the total
+    return torch.searchsorted(cumulative, torch.minimum(draws[:, None] * total, below), right=True)[:, 0]
 
 
 def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
@@ -75,11 +74,15 @@ def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _head(likeliest: Tensor, top_p: Tensor) -> Tensor:
-    """Of probabilities in falling order: those before which less than `top_p` has come, and always the first."""
+    """Of probabilities in falling order: those before which less than `top_p` came, and the first."""
     before = likeliest.cumsum(-1) - likeliest
     head = torch.where(before < top_p[:, None], likeliest, 0)
     head[:, 0] = likeliest[:, 0]
     return head
+
+
+def _doubles(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)
 
 
 def _seed(sampling: Sampling) -> int:
@@ -89,7 +92,7 @@ def _seed(sampling: Sampling) -> int:
 
 
 def _mix(value: int) -> int:
-    """splitmix64's finalizer (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014)."""
+    """splitmix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014)."""
     value = (value + _GAMMA) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -1,7 +1,7 @@
-"""The KV cache: one slot a running request, in per-layer tensors [slots, heads, length, dim] that are written in place.
+"""The KV cache: one slot a running request, in tensors [slots, heads, length, dim] a layer, written in place.
 
-The slots of the running requests are always the first ones, so that a batch is a view and no step copies the cache:
-a slot that falls free is filled with the last one. Slots and length grow by doubling.
+The slots of the running requests are always the first ones, so that a batch is a view and no step copies the
+cache: a slot that falls free is filled with the last one. Slots and length grow by doubling.
 
 Knows which positions a pass writes and sees; does not know requests, sampling, nor the model that calls it.
 """
@@ -35,7 +35,7 @@ class Pass:
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values. transformers calls `update` in each attention, and the rest to make its masks."""
+    """One layer's keys and values. transformers calls `update` in each attention, the rest for its masks."""
 
     def __init__(self, now: Pass, window: int | None) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values[target, :, :length] = self.values[source, :, :length]
 
     def clear(self) -> None:
-        self.keys = self.values = None
+        del self.keys, self.values
         self.is_initialized = False
 
     def _grown(self, old: Tensor, rows: int, length: int) -> Tensor:
@@ -108,7 +108,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[SlotLayer(self.now, window) for window in self.windows])
 
     def reserve(self, slots: int, length: int, *, rows: int, used: int) -> None:
-        """Grow to this many slots of this length; up to `rows` of `used` positions are kept. Raises when out of memory."""
+        """Grow to this many slots of this length, keeping `rows` of `used` positions. It may lack memory."""
         have_slots, have_length = before = self.now.capacity
         if slots > have_slots:
             have_slots = min(self._max_slots, max(slots, 2 * have_slots))
@@ -130,7 +130,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         now.prefill, now.first, now.last, now.span = True, slot, slot + 1, length
 
     def decode(self, first: int, positions: Sequence[int], device: torch.device) -> Tensor:
-        """The next forward is one token for each slot from `first`; answers their positions, as a tensor [rows]."""
+        """The next forward is one token for each slot from `first`; answers their positions, [rows]."""
         now = self.now
         now.prefill, now.first, now.last, now.span = False, first, first + len(positions), max(positions) + 1
         now.slots = torch.arange(now.first, now.last, device=device)
@@ -138,7 +138,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         return now.positions
 
     def masks(self, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """What each row of the decode may see, added to its scores: one mask, or one for each kind of layer if they differ."""
+        """What each row of the decode may see, added to its scores: one mask, or one for each kind."""
         window = next((window for window in self.windows if window is not None), None)
         if None not in self.windows:
             return self._mask(dtype, window)
@@ -168,7 +168,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def layer_windows(config: Any) -> list[int | None]:
-    """Each layer's sliding window, None for full attention; read from the config as transformers' DynamicCache reads it."""
+    """Each layer's sliding window, None for full attention; read as transformers' DynamicCache does."""
     if getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"{config.model_type} is an encoder and a decoder; only decoders can be served")
     window = getattr(config, "sliding_window", None)
@@ -181,7 +181,7 @@ def layer_windows(config: Any) -> list[int | None]:
     if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
         kinds |= {"shared"}
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
-        raise Unsupported(f"{config.model_type} has layers of kind {', '.join(other)}, which slots cannot cache")
+        raise Unsupported(f"{config.model_type} has layers that slots cannot cache: {', '.join(other)}")
     kind_of = getattr(config, "layer_types", None) or list(kinds) * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kind_of]
 
@@ -189,8 +189,8 @@ def layer_windows(config: Any) -> list[int | None]:
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros, because what no mask lets through is still multiplied by 0, and 0 · NaN is NaN.
 
-    On a CPU straight from the kernel, which gives a page when it is first written: torch.zeros writes them all, and
-    a cache sized by its longest request is mostly unused.
+    On a CPU straight from the kernel, which gives a page when it is first written: torch.zeros writes all,
+    and a cache sized by its longest request is mostly unused.
     """
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -31,10 +31,11 @@ class WeightsError(ValueError):
 
 
 def load(home: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Limits]:
-    """The model in `home`, ready to run, and what it allows. `dtype` auto: bfloat16 on a GPU, float32 on a CPU."""
+    """The model in `home`, ready to run, and its limits. `dtype` auto: bfloat16 on a GPU, else float32."""
     limits = read_limits(home)
     logging.disable_progress_bar()  # it would be drawn into a server's log
-    kind = getattr(torch, dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
+    automatic = "bfloat16" if device.startswith("cuda") else "float32"
+    kind = getattr(torch, automatic if dtype == "auto" else dtype)
     found = sorted(home.glob("*.gguf"))
     if len(found) > 1:
         raise WeightsError(f"{home} holds several GGUF files: {', '.join(file.name for file in found)}")
@@ -48,7 +49,7 @@ def load(home: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, 
 
 
 def _load_gguf(home: Path, file: Path, dtype: torch.dtype) -> Any:
-    """The config builds the model without weights, the GGUF file fills it; transformers ties and computes the rest."""
+    """The config builds the model, the GGUF file fills it; transformers ties and computes the rest."""
     config = AutoConfig.from_pretrained(home)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
@@ -57,29 +58,29 @@ def _load_gguf(home: Path, file: Path, dtype: torch.dtype) -> Any:
 
 
 def _state(file: GgufFile, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the model by its transformers name. One too few or too many is an error, not a guess."""
+    """Every tensor of the model by its transformers name. One too few or too many is an error."""
     adapt = _ADAPT.get(file.architecture)
     if adapt is None:
-        known = ", ".join(sorted(_ADAPT))
-        raise WeightsError(f"{file.path.name} is {file.architecture}; of GGUF this loads {known}. Use its safetensors.")
+        known, name = ", ".join(sorted(_ADAPT)), file.path.name
+        raise WeightsError(f"{name} is {file.architecture}; GGUF is loaded of {known}: use its safetensors")
     config = model.config.get_text_config()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     names = file.names_of(shapes, config.num_hidden_layers)
     if missing := sorted(name for name, stored in names.items() if stored not in file.tensors):
-        raise WeightsError(f"{file.path.name} lacks {len(missing)} of the model's tensors, first {missing[0]}")
+        raise WeightsError(f"{file.path.name} lacks {len(missing)} tensors of the model, first {missing[0]}")
     if unknown := sorted(file.tensors.keys() - set(names.values()) - set(_COMPUTED)):
-        raise WeightsError(f"{file.path.name} has {len(unknown)} tensors that the model lacks, first {unknown[0]}")
+        raise WeightsError(f"{file.path.name} has {len(unknown)} tensors too many, first {unknown[0]}")
 
-    def convert(name: str) -> tuple[str, Tensor]:
-        array = adapt(names[name], file.read(names[name]), config)
-        if array.shape != shapes[name]:
-            raise WeightsError(f"{file.path.name}: {names[name]} is {array.shape}, the config says {shapes[name]}")
-        return name, torch.from_numpy(np.require(array, requirements=["C", "W"])).to(dtype)
-
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy lets go of the lock
-        return dict(pool.map(convert, shapes))
+    state = {}
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        for name, wanted in shapes.items():
+            array = adapt(names[name], file.read(names[name], pool), config)
+            if array.shape != wanted:
+                raise WeightsError(f"{file.path.name}: {names[name]} is {array.shape}, not {wanted}")
+            state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    return state
 
 
 def _as_stored(name: str, array: Array, config: Any) -> Array:

@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make serve` and `make test`. Everything they install goes into .venv.
+
+# Triton's stubs exist for Python 3.10 to 3.13; numpy 1.x, which they need, has wheels up to 3.12.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; do \
+	"$$p" -c 'import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PORT ?= 8080
+GRPC_PORT ?= 8001
+PIPELINE ?= smollm2-135m-instruct
+
+.PHONY: setup serve test lint bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 to 3.13 found: install one, or say PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable ".[dev]"
+	@touch $@
+
+serve: $(VENV)/.installed
+	@exec $(VENV)/bin/triptych serve --port $(PORT) --triton-grpc-port $(GRPC_PORT) $(addprefix --pipeline ,$(PIPELINE))
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m bench.stack
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,80 @@
+"""What many tests share: the real weights, a running product, and an OTLP receiver beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.pipeline import get_pipeline
+from pipelines.sources import pull
+from tests.otlp_receiver import Receiver
+from tests.product import Product
+
+# Pipelines of the tests' own: echoes with a pace, with a small context, with one event a token.
+_CATALOG = {
+    "echo-slow": "echo_tokens_per_s = 50",
+    "echo-token": 'stream_event = "token"\nmax_running = 1024',
+    "echo-small": "context = 64",
+}
+SERVED = ("smollm2-135m-instruct", "echo", *_CATALOG)
+
+
+@pytest.fixture(scope="session")
+def smollm2_home() -> Path:
+    return pull(get_pipeline("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session")
+def gemma3_home() -> Path:
+    return pull(get_pipeline("gemma3-270m"))
+
+
+@pytest.fixture(scope="session")
+def catalog(tmp_path_factory: pytest.TempPathFactory, smollm2_home: Path) -> Path:
+    """A catalog folder with the tests' own pipelines."""
+    folder = tmp_path_factory.mktemp("catalog")
+    echo = get_pipeline("echo")
+    for name, lines in _CATALOG.items():
+        digests = ", ".join(f'"{file}" = "{digest}"' for file, digest in echo.sha256.items())
+        text = f'engine = "echo"\nsource = "{echo.source}"\nsha256 = {{ {digests} }}\n{lines}\n'
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def otlp() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def product(tmp_path_factory: pytest.TempPathFactory, catalog: Path, otlp: Receiver) -> Iterator[Product]:
+    """The default pipeline and echoes, traced. Shared: a test must leave it as it was."""
+    env = {
+        "TRIPTYCH_CATALOG": str(catalog),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": otlp.endpoint,
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+    }
+    product = Product(tmp_path_factory.mktemp("product"), *SERVED, env=env)
+    try:
+        yield product.wait_ready()
+    finally:
+        product.stop()
+        print(product.log_text()[-2000:])
+
+
+@pytest.fixture
+def own_product(tmp_path: Path, catalog: Path) -> Iterator[Product]:
+    """An echo of one's own, to break."""
+    product = Product(tmp_path, "echo-slow", env={"TRIPTYCH_CATALOG": str(catalog)})
+    try:
+        yield product.wait_ready()
+    finally:
+        if product.process.poll() is None:
+            product.stop()
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,161 @@
+"""The product as a process, for tests: `triptych serve` on free ports, its Triton, and what both leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton_grpc
+
+START_S = 180
+
+
+class Product:
+    """A running `triptych serve`."""
+
+    def __init__(self, folder: Path, *pipelines: str, env: dict[str, str] | None = None) -> None:
+        self.port, self.grpc_port = free_port(), free_triple()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http_url = f"http://127.0.0.1:{self.grpc_port - 1}"
+        self.grpc_url = f"127.0.0.1:{self.grpc_port}"
+        self.log = folder / f"serve-{self.port}.log"
+        command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
+        command += ["--triton-grpc-port", str(self.grpc_port)]
+        command += [word for name in pipelines for word in ("--pipeline", name)]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "TRIPTYCH_M"))}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**clean, **(env or {})})
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> Product:
+        wait_for(lambda: self.process.poll() is not None or "\ncurl " in self.log_text(), START_S)
+        assert self.process.poll() is None, self.log_text()
+        return self
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    def family(self) -> dict[int, str]:
+        """Every process below it, by pid, with its command line."""
+        return {pid: command_of(pid) for pid in descendants(self.pid)}
+
+    def stub(self, model: str) -> int:
+        return next(pid for pid, command in self.family().items() if "stub" in command and f"/{model}/1/" in command)
+
+    def triton(self) -> int:
+        return next(pid for pid, command in self.family().items() if "bin/tritonserver" in command)
+
+    def shm(self) -> list[str]:
+        return [file.name for file in Path("/dev/shm").glob(f"triptych-{self.pid}-*")]
+
+    def client(self) -> Any:
+        return triton_grpc.InferenceServerClient(self.grpc_url)
+
+    def infer(self, model: str, inputs: dict[str, str], **options: Any) -> tuple[str, str]:
+        """An ordinary `infer()` of an ensemble: its text and finish reason."""
+        client = self.client()
+        try:
+            result = client.infer(model, [bytes_input(*item) for item in inputs.items()], client_timeout=120, **options)
+            return result.as_numpy("generated_text")[0].decode(), result.as_numpy("finish_reason")[0].decode()
+        finally:
+            client.close()
+
+    def counters(self, generate: str) -> dict[str, int]:
+        """The engine's own counters, asked of the generate model itself."""
+        client = self.client()
+        try:
+            outputs = [triton_grpc.InferRequestedOutput("rows")]
+            asked = client.infer(generate, [], outputs=outputs, parameters={"operation": "counters"}, client_timeout=10)
+            counters: dict[str, int] = json.loads(asked.as_numpy("rows")[0])
+            return counters
+        finally:
+            client.close()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=10) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+def bytes_input(name: str, text: str) -> Any:
+    tensor = triton_grpc.InferInput(name, [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([text.encode()], dtype=np.object_))
+    return tensor
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def free_triple() -> int:
+    """A port whose neighbours are free too: Triton's HTTP, gRPC and metrics."""
+    while True:
+        port = free_port()
+        try:
+            for neighbour in (port - 1, port + 1):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", neighbour))
+            return port
+        except (OSError, OverflowError):
+            continue
+
+
+def wait_for(condition: Any, timeout: float, what: str = "") -> float:
+    """Until it holds; answers how long that took. The timeout catches hangs."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, f"not within {timeout} s: {what or condition}"
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+def descendants(pid: int) -> list[int]:
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        children = parents.get(todo.pop(), [])
+        found += children
+        todo += children
+    return found
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,890 @@
+"""The gateway over real sockets: uvicorn, HTTP clients, the official one; a backend that plays scripts."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+
+import httpx
+import openai
+import orjson
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from gateway.admission import Admission
+from gateway.app import create_app
+from gateway.backend import Delta
+from gateway.protocol import CHAT, COMPLETION
+from gateway.settings import Settings, SettingsError
+from observability import metrics, tracing
+from pipelines.errors import StageError
+from pipelines.pipeline import Pipeline
+from tests.otlp_receiver import Receiver
+
+MODEL = "echo"
+CHAT_PATH, COMPLETION_PATH = CHAT.path, COMPLETION.path
+HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]}
+PROMPT = {"model": MODEL, "prompt": "Hello!"}
+ACCEPTED = Delta([], prompt_tokens=3)
+ANSWER = [
+    ACCEPTED,
+    Delta([" He"]),
+    Delta(["llo"]),
+    Delta([" you"], "stop", 3, 4, {"preprocess": 1.5, "generate": 20}),
+]
+FOREVER = 3600.0
+
+
+class ScriptedStream:
+    """Plays its steps: a Delta is told, an exception raised, a number slept."""
+
+    def __init__(self, steps):
+        self.steps = deque(steps)
+        self.cancelled = threading.Event()
+        self.cancelled_at = 0.0
+
+    async def next(self):
+        while True:
+            step = self.steps.popleft()
+            if isinstance(step, BaseException):
+                raise step
+            if isinstance(step, Delta):
+                return step
+            await asyncio.sleep(step)
+
+    def cancel(self):
+        if not self.cancelled_at:
+            self.cancelled_at = time.monotonic()
+            self.cancelled.set()
+
+
+class ScriptedBackend:
+    def __init__(self):
+        self.served = {name: Pipeline(name=name, source="path:none") for name in (MODEL, "other")}
+        self.reset()
+
+    def reset(self):
+        self.steps = ANSWER
+        self.submissions = []
+        self.streams = []
+        self.not_ready = set()
+        self.refusal = None
+
+    def pipelines(self):
+        return self.served
+
+    def ready(self, pipeline):
+        return pipeline not in self.not_ready
+
+    async def submit(self, submission):
+        if self.refusal:
+            raise self.refusal
+        self.submissions.append(submission)
+        stream = ScriptedStream(self.steps)
+        self.streams.append(stream)
+        return stream
+
+
+class Server:
+    def __init__(self, backend, settings, lifespan=None):
+        self.backend = backend
+        app = create_app(backend, settings, lifespan)
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", access_log=False))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        wait_for(lambda: self.uvicorn.started)
+        return self
+
+    def __exit__(self, *args):
+        self.uvicorn.should_exit = True
+        self.thread.join(5)
+        assert not self.thread.is_alive()
+
+    def post(self, path, body, **headers):
+        content = body if isinstance(body, bytes) else orjson.dumps(body)
+        return httpx.post(self.url + path, content=content, headers=headers, timeout=5)
+
+    def get(self, path):
+        return httpx.get(self.url + path, timeout=5)
+
+    def raw(self, *requests):
+        """The bytes that come back for these bytes, until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall(b"".join(requests))
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def open(self, path, body):
+        """A connection that has sent its request and read nothing."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        connection.sendall(raw_request(path, body))
+        return connection
+
+    def client(self):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=5)
+
+
+def wait_for(condition, timeout=5.0):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def raw_request(path, body, *headers):
+    content = body if isinstance(body, bytes) else orjson.dumps(body)
+    lines = [f"POST {path} HTTP/1.1", "host: test", f"content-length: {len(content)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+def unchunk(response):
+    """The body of a chunked response, and each chunk."""
+    head, _, rest = response.partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head
+    chunks = []
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        chunks.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+        if not chunks[-1]:
+            assert rest == b""
+            return b"".join(chunks), chunks[:-1]
+
+
+@pytest.fixture(scope="module")
+def module_server():
+    with Server(ScriptedBackend(), Settings()) as running:
+        yield running
+
+
+@pytest.fixture
+def server(module_server):
+    module_server.backend.reset()
+    return module_server
+
+
+@pytest.fixture
+def backend(server):
+    return server.backend
+
+
+# Whole answers.
+
+
+def test_a_chat(server, backend):
+    response = server.post(CHAT_PATH, {**HELLO, "temperature": 0, "stop": "x"}, **{"x-request-id": "abc-1"})
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer["id"].startswith("chatcmpl-")
+    assert abs(answer["created"] - time.time()) < 5
+    assert (answer["object"], answer["model"]) == ("chat.completion", MODEL)
+    assert answer["choices"][0]["message"]["content"] == " Hello you"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert response.headers["x-request-id"] == "abc-1"
+    timing = response.headers["server-timing"]
+    assert "preprocess;dur=1.5" in timing
+    assert "generate;dur=20.0" in timing
+    assert "admission;dur=" in timing
+    assert timing.endswith(f"total;dur={timing.rpartition('=')[2]}")
+    (submission,) = backend.submissions
+    assert submission.pipeline == MODEL
+    assert submission.id.startswith("abc-1.")
+    assert json.loads(submission.inputs["messages"]) == HELLO["messages"]
+    assert json.loads(submission.sampling) == {"temperature": 0, "top_p": 1, "stop": ["x"]}
+    assert submission.traceparent is None
+
+
+def test_a_completion_cut_by_length(server, backend):
+    backend.steps = [ACCEPTED, Delta(["abc"], "length", 3, 16)]
+    answer = server.post(COMPLETION_PATH, PROMPT).json()
+    assert answer["choices"] == [{"text": "abc", "index": 0, "logprobs": None, "finish_reason": "length"}]
+    assert backend.submissions[0].inputs == {"text": "Hello!"}
+    assert json.loads(backend.submissions[0].sampling)["max_tokens"] == 16
+
+
+# Streams, as bytes.
+
+
+def test_a_stream_byte_for_byte(server, backend):
+    backend.steps = [ACCEPTED, 0.05, Delta(["a", "b"]), 0.05, Delta(["c"], "stop", 3, 3)]
+    response = server.raw(raw_request(CHAT_PATH, {**HELLO, "stream": True}, "connection: close", "x-request-id: bytes"))
+    head = response.partition(b"\r\n\r\n")[0].decode().lower()
+    assert "content-type: text/event-stream; charset=utf-8" in head
+    assert "x-request-id: bytes" in head
+    assert "server-timing: admission;dur=" in head
+    body, chunks = unchunk(response)
+    first = json.loads(body.split(b"\n\n")[0].removeprefix(b"data: "))
+    start = f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk","created":{first["created"]},'
+    start += '"model":"echo","choices":[{"index":0,"delta":'
+    end = ',"logprobs":null,"finish_reason":null}]}\n\n'
+    expected = [
+        f'{start}{{"role":"assistant","content":""}}{end}',
+        f'{start}{{"content":"a"}}{end}{start}{{"content":"b"}}{end}',
+        f'{start}{{"content":"c"}}{end}{start}{{}}{end}data: [DONE]\n\n',
+    ]
+    expected[2] = '"finish_reason":"stop"'.join(expected[2].rsplit('"finish_reason":null', 1))
+    assert [chunk.decode() for chunk in chunks] == expected  # a delta is one write
+
+
+def test_headers_wait_for_acceptance_but_not_for_text(server, backend):
+    backend.steps = [ACCEPTED, FOREVER]
+    with server.open(CHAT_PATH, {**HELLO, "stream": True}) as connection:
+        data = b""
+        while b"\n\n" not in data.partition(b"\r\n\r\n")[2]:
+            data += connection.recv(65536)
+        assert b'"role":"assistant"' in data
+
+
+# The official client.
+
+
+def test_the_official_client_chats(server):
+    with server.client() as client:
+        answer = client.chat.completions.create(**HELLO)
+        assert answer.choices[0].message.content == " Hello you"
+        assert answer.usage.total_tokens == 7
+        assert answer._request_id.startswith("req_")
+        text = client.completions.create(**PROMPT)
+        assert text.choices[0].text == " Hello you"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_the_official_client_streams(server, include_usage):
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    with server.client() as client:
+        chunks = list(client.chat.completions.create(**HELLO, stream=True, **options))
+        *parts, last = [chunk for chunk in chunks if chunk.choices]
+        assert "".join(part.choices[0].delta.content for part in parts) == " Hello you"
+        assert parts[0].choices[0].delta.role == "assistant"
+        assert (last.choices[0].finish_reason, last.choices[0].delta.content) == ("stop", None)
+        assert len({chunk.id for chunk in chunks}) == 1
+        usages = [chunk.usage for chunk in chunks if chunk.usage]
+        assert [usage.total_tokens for usage in usages] == ([7] if include_usage else [])
+        assert bool(chunks[-1].choices) is not include_usage
+        texts = list(client.completions.create(**PROMPT, stream=True, **options))
+        assert "".join(chunk.choices[0].text for chunk in texts if chunk.choices) == " Hello you"
+
+
+def test_the_official_client_lists_models(server):
+    with server.client() as client:
+        assert [model.id for model in client.models.list()] == [MODEL, "other"]
+        assert client.models.retrieve(MODEL).owned_by == "triptych"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("no/such")
+
+
+def test_the_official_client_raises_typed_errors(server, backend):
+    with server.client() as client:
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.chat.completions.create(**HELLO, n=2)
+        assert (bad.value.param, bad.value.code) == ("n", "unsupported_parameter")
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.chat.completions.create(**{**HELLO, "model": "nope"})
+        assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
+        backend.refusal = StageError("full", code="overloaded")
+        with pytest.raises(openai.RateLimitError):
+            client.chat.completions.create(**HELLO)
+        backend.refusal = StageError("gone", code="unavailable")
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(**HELLO, stream=True)
+
+
+def test_the_official_client_raises_inside_a_stream(server, backend):
+    backend.steps = [
+        ACCEPTED,
+        Delta(["a"]),
+        StageError("The engine has gone.", code="unavailable", stage="generate"),
+    ]
+    with server.client() as client:
+        chunks = client.chat.completions.create(**HELLO, stream=True)
+        assert [next(chunks).choices[0].delta.content for _ in range(2)] == ["", "a"]
+        with pytest.raises(openai.APIError) as caught:
+            next(chunks)
+    assert caught.value.code == "unavailable"
+    assert "generate" in caught.value.message
+
+
+# Errors.
+
+STATUSES = [
+    ("invalid_request", 400, "invalid_request_error"),
+    ("unsupported_parameter", 400, "invalid_request_error"),
+    ("context_length_exceeded", 400, "invalid_request_error"),
+    ("overloaded", 429, "rate_limit_error"),
+    ("unavailable", 503, "server_error"),
+    ("timeout", 504, "server_error"),
+    ("internal", 500, "server_error"),
+    ("a_code_nobody_knows", 500, "server_error"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("code", "status", "type"), STATUSES)
+def test_a_stage_error_before_the_headers(server, backend, code, status, type, stream):
+    backend.steps = [StageError("It is too long.", code=code, param="messages", stage="preprocess")]
+    response = server.post(CHAT_PATH, {**HELLO, "stream": stream})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["stage"]) == (status, type, "preprocess")
+    assert "preprocess" in error["message"]
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+    if status != 500:
+        assert (error["code"], error["param"]) == (code, "messages")
+        assert error["message"] == "It is too long. (stage: preprocess)"
+    assert backend.streams[0].cancelled_at
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ValueError("secret /srv/model.py"),
+        StageError.from_text("secret\nAt:\n /srv/model.py(1): execute", stage="generate"),
+    ],
+)
+def test_what_is_unexpected_is_logged_and_not_shown(server, backend, failure, caplog):
+    for steps in ([failure], [ACCEPTED, failure]):
+        backend.steps = steps
+        caplog.clear()
+        with caplog.at_level(logging.ERROR):
+            response = server.post(CHAT_PATH, {**HELLO, "stream": True}, **{"x-request-id": "find-me"})
+        assert "secret" not in response.text
+        assert "/srv" not in response.text
+        assert "find-me" in response.text
+        assert response.headers["x-request-id"] == "find-me"
+        (record,) = caplog.records
+        assert record.request_id == "find-me"
+        assert "secret" in record.getMessage()
+    assert "[DONE]" not in response.text
+
+
+def test_an_error_inside_a_stream_has_no_done(server, backend):
+    backend.steps = [ACCEPTED, Delta(["a"]), StageError("Too slow.", code="timeout", stage="generate")]
+    body, _ = unchunk(server.raw(raw_request(CHAT_PATH, {**HELLO, "stream": True}, "connection: close")))
+    *_, last = body.split(b"\n\n")[:-1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "timeout"
+    assert b"[DONE]" not in body
+    assert backend.streams[0].cancelled_at
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/embeddings", "/v1/models/", "/v1/models/a/b", "/v1/chat/completions/"]
+)
+def test_an_unknown_url(server, path):
+    response = server.get(path)
+    assert response.status_code == 404
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", CHAT_PATH), ("POST", "/v1/models"), ("DELETE", f"/v1/models/{MODEL}")]
+)
+def test_a_method_that_is_not_allowed(server, method, path):
+    response = httpx.request(method, server.url + path)
+    assert response.status_code == 405
+    assert response.json()["error"]["code"] == "method_not_supported"
+    assert response.headers["allow"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}"])
+def test_a_body_that_is_not_json(server, backend, body):
+    response = server.post(CHAT_PATH, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert not backend.submissions
+
+
+def test_the_content_type_does_not_matter(server):
+    assert server.post(CHAT_PATH, HELLO, **{"content-type": "text/plain"}).status_code == 200
+    assert server.raw(raw_request(CHAT_PATH, HELLO, "connection: close")).startswith(b"HTTP/1.1 200 OK")
+
+
+# The body's limit.
+
+
+def test_the_limit_is_exact(server):
+    def body(size):
+        empty = len(orjson.dumps({**PROMPT, "prompt": ""}))
+        return orjson.dumps({**PROMPT, "prompt": "x" * (size - empty)})
+
+    limit = Settings().max_body_bytes
+    assert server.post(COMPLETION_PATH, body(limit)).status_code == 200
+    response = server.post(COMPLETION_PATH, body(limit + 1))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+    assert response.headers["x-request-id"]
+
+
+def test_an_announced_body_is_refused_unread(server):
+    headers = "host: test\r\ncontent-length: 99999999999\r\nexpect: 100-continue"
+    head = f"POST {CHAT_PATH} HTTP/1.1\r\n{headers}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_a_chunked_body_is_refused_while_it_is_read(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection.request("POST", CHAT_PATH, body=(b"x" * 65536 for _ in range(40)), encode_chunked=True)
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.loads(response.read())["error"]["code"] == "request_too_large"
+    connection.close()
+
+
+# Disconnects.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels(server, backend, stream):
+    backend.steps = [ACCEPTED, Delta(["a"]), FOREVER]
+    connection = server.open(CHAT_PATH, {**HELLO, "stream": stream})
+    wait_for(lambda: backend.streams and len(backend.streams[0].steps) == 0)
+    left = time.monotonic()
+    connection.close()
+    assert backend.streams[0].cancelled.wait(1)
+    assert backend.streams[0].cancelled_at - left < 0.2
+
+
+def test_a_client_that_leaves_while_the_server_writes(server, backend):
+    backend.steps = [ACCEPTED, *[0, Delta(["x" * 100_000])] * 5000]
+    connection = server.open(CHAT_PATH, {**HELLO, "stream": True})
+    connection.recv(1000)
+    steps = backend.streams[0].steps
+
+    def stalled():  # the socket's buffers are full, and the server waits for this client
+        left = len(steps)
+        time.sleep(0.05)
+        return len(steps) == left
+
+    wait_for(stalled)
+    waiting = len(steps)
+    assert waiting > 0
+    left = time.monotonic()
+    connection.close()
+    assert backend.streams[0].cancelled.wait(1)
+    assert backend.streams[0].cancelled_at - left < 0.2
+    assert len(steps) > waiting - 100  # it did not go on writing to nobody
+
+
+def test_a_client_that_leaves_before_acceptance(server, backend):
+    backend.steps = [FOREVER]
+    connection = server.open(CHAT_PATH, {**HELLO, "stream": True})
+    wait_for(lambda: backend.streams)
+    connection.close()
+    assert backend.streams[0].cancelled.wait(0.2)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body(server, backend):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(raw_request(CHAT_PATH, HELLO)[:-10])
+    assert server.post(CHAT_PATH, HELLO).status_code == 200
+    assert len(backend.submissions) == 1
+
+
+# Connections and ids.
+
+
+def test_pipelined_requests_are_answered_in_order(server, backend):
+    response = server.raw(
+        raw_request(CHAT_PATH, HELLO, "x-request-id: one"),
+        raw_request(CHAT_PATH, {**HELLO, "stream": True}, "x-request-id: two"),
+        raw_request("/v1/nope", {}, "x-request-id: three"),
+        raw_request(COMPLETION_PATH, PROMPT, "x-request-id: four", "connection: close"),
+    )
+    order = [response.index(f"x-request-id: {name}".encode()) for name in ("one", "two", "three", "four")]
+    assert order == sorted(order)
+    assert response.count(b"HTTP/1.1 ") == 4
+    assert len(backend.submissions) == 3
+
+
+def test_a_connection_is_kept_after_every_kind_of_answer(server, backend):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection.connect()
+    first = connection.sock
+    for path, body in [
+        (CHAT_PATH, HELLO),
+        (CHAT_PATH, {**HELLO, "stream": True}),
+        (CHAT_PATH, {}),
+        ("/x", {}),
+    ]:
+        connection.request("POST", path, body=orjson.dumps(body))
+        connection.getresponse().read()
+    assert connection.sock is first
+    connection.close()
+
+
+def test_one_request_id_twice_at_once(server, backend):
+    backend.steps = [0.2, *ANSWER]
+    responses = []
+    threads = [
+        threading.Thread(target=lambda: responses.append(server.post(CHAT_PATH, HELLO, **{"x-request-id": "same"})))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert [response.headers["x-request-id"] for response in responses] == ["same", "same"]
+    ids = [submission.id for submission in backend.submissions]
+    assert len(set(ids)) == 2
+    assert all(id.startswith("same.") for id in ids)
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "h\xe9", "a\tb"])
+def test_an_insane_request_id_is_replaced(server, bad):
+    response = server.raw(
+        raw_request("/v1/nope", {}, "connection: close").replace(
+            b"host: test", f"x-request-id: {bad}".encode("latin-1")
+        )
+    )
+    assert b"x-request-id: req_" in response
+
+
+def test_every_response_has_its_id_and_timing(server):
+    for path in ("/v1/models", f"/v1/models/{MODEL}", "/health/live", "/health/ready", "/metrics", "/nope"):
+        response = httpx.get(server.url + path, headers={"x-request-id": "k" * 128})
+        assert response.headers["x-request-id"] == "k" * 128
+        assert response.headers["server-timing"].startswith("total;dur=")
+
+
+# Health and metrics.
+
+
+def test_ready_names_what_is_not(server, backend):
+    assert server.get("/health/ready").status_code == 200
+    backend.not_ready = {"other"}
+    response = server.get("/health/ready")
+    assert response.status_code == 503
+    assert response.json()["not_ready"] == ["other"]
+    assert server.get("/health/live").status_code == 200
+
+
+def test_a_gateway_that_serves_nothing_is_not_ready():
+    backend = ScriptedBackend()
+    backend.served = {}
+    with Server(backend, Settings()) as server:
+        assert server.get("/health/ready").status_code == 503
+
+
+def sample(name, **labels):
+    return metrics.REGISTRY.get_sample_value(name, labels) or 0
+
+
+def test_metrics_of_an_answer(server):
+    before = sample("triptych_output_tokens_total", pipeline=MODEL)
+    firsts = sample("gen_ai_server_time_to_first_token_seconds_count", pipeline=MODEL)
+    server.post(CHAT_PATH, {**HELLO, "stream": True})
+    server.post(CHAT_PATH, HELLO)
+    assert sample("triptych_output_tokens_total", pipeline=MODEL) == before + 8
+    assert sample("gen_ai_server_time_to_first_token_seconds_count", pipeline=MODEL) == firsts + 2
+    assert sample("triptych_requests_in_flight", pipeline=MODEL) == 0
+    response = server.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert (
+        'gen_ai_server_request_duration_seconds_count{operation="chat",pipeline="echo",status="200"}' in response.text
+    )
+
+
+def test_metrics_of_a_client_that_left(server, backend):
+    before = sample("triptych_requests_aborted_total", pipeline=MODEL, reason="disconnected")
+    backend.steps = [ACCEPTED, FOREVER]
+    server.open(CHAT_PATH, HELLO).close()
+    wait_for(lambda: sample("triptych_requests_aborted_total", pipeline=MODEL, reason="disconnected") == before + 1)
+    assert sample("triptych_requests_in_flight", pipeline=MODEL) == 0
+
+
+def test_an_unknown_model_is_never_a_label(server):
+    server.post(CHAT_PATH, {**HELLO, "model": "invented-by-a-client"})
+    assert "invented-by-a-client" not in server.get("/metrics").text
+
+
+# Traces.
+
+
+@pytest.fixture
+def receiver(monkeypatch):
+    with Receiver() as running:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", running.endpoint)
+        tracing.configure("triptych-gateway")
+        yield running
+        tracing.shutdown()
+
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def test_a_stream_is_one_trace(server, backend, receiver):
+    body = {
+        **HELLO,
+        "stream": True,
+        "temperature": 0.5,
+        "max_tokens": 9,
+        "seed": 1,
+        "stop": ["x"],
+        "metadata": {"a": "b"},
+    }
+    server.post(CHAT_PATH, body, **{"x-request-id": "traced", "traceparent": f"00-{TRACE}-{CALLER}-01"})
+    root = receiver.tree(TRACE, expect={f"POST {CHAT_PATH}"}, remote_parent=CALLER)
+    assert root.names() == [f"POST {CHAT_PATH}", "admission", f"chat {MODEL}", "sse.write"]
+    assert [child.name for child in root.children] == ["admission", f"chat {MODEL}", "sse.write"]
+    assert root.kind == "server"
+    assert root.attributes["http.response.status_code"] == 200
+    assert root.attributes["http.route"] == root.attributes["url.path"] == CHAT_PATH
+    assert root.attributes["triptych.request_id"] == "traced"
+    chat = root.find(f"chat {MODEL}")
+    assert chat.kind == "client"
+    assert backend.submissions[0].traceparent == f"00-{TRACE}-{chat.span_id}-01"
+    wanted = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "triptych",
+        "gen_ai.request.model": MODEL,
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 1.0,
+        "gen_ai.request.seed": 1,
+        "gen_ai.request.stop_sequences": ["x"],
+        "gen_ai.request.stream": True,
+        "gen_ai.response.finish_reasons": ["stop"],
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 4,
+        "triptych.metadata.a": "b",
+    }
+    assert {key: chat.attributes[key] for key in wanted} == wanted
+    assert chat.attributes["gen_ai.response.id"].startswith("chatcmpl-")
+    assert 0 < chat.attributes["gen_ai.response.time_to_first_chunk"] < 5
+    assert root.find("sse.write").attributes["triptych.sse.events"] == 3
+    assert root.find("admission").attributes["triptych.queue.depth"] == 0
+    assert not any(span.error is not None for span in root.walk())
+
+
+def test_a_failed_request_says_so_in_its_trace(server, backend, receiver):
+    failure = StageError("no", code="unavailable", stage="generate")
+    for steps, status, stream in (([failure], 503, False), ([ACCEPTED, failure], 200, True)):
+        trace = f"{status:032x}"
+        backend.steps = steps
+        server.post(CHAT_PATH, {**HELLO, "stream": stream}, traceparent=f"00-{trace}-{CALLER}-01")
+        root = receiver.tree(trace, expect={f"POST {CHAT_PATH}"}, remote_parent=CALLER)
+        assert root.attributes["http.response.status_code"] == status
+        assert root.attributes["error.type"] == root.find(f"chat {MODEL}").attributes["error.type"] == "unavailable"
+        assert root.error is not None
+
+
+def test_a_bad_request_is_not_the_servers_error(server, receiver):
+    server.post(CHAT_PATH, {}, traceparent=f"00-{TRACE}-{CALLER}-01")
+    root = receiver.tree(TRACE, expect={f"POST {CHAT_PATH}"}, remote_parent=CALLER)
+    assert root.error is None
+    assert root.attributes["error.type"] == "invalid_request"
+    assert root.attributes["http.response.status_code"] == 400
+
+
+def test_a_client_that_left_in_its_trace(server, backend, receiver):
+    backend.steps = [ACCEPTED, FOREVER]
+    request = raw_request(CHAT_PATH, {**HELLO, "stream": True}, f"traceparent: 00-{TRACE}-{CALLER}-01")
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(request)
+        connection.recv(100)
+    root = receiver.tree(TRACE, expect={f"POST {CHAT_PATH}"}, remote_parent=CALLER)
+    assert root.attributes["error.type"] == "disconnected"
+    assert root.find("sse.write").attributes["triptych.sse.disconnected"] is True
+
+
+def test_an_unsampled_request_sends_no_traceparent(server, backend, receiver):
+    server.post(CHAT_PATH, HELLO, traceparent=f"00-{TRACE}-{CALLER}-00")
+    assert backend.submissions[0].traceparent is None
+
+
+# Admission.
+
+
+def test_one_over_the_queue_is_refused():
+    backend = ScriptedBackend()
+    backend.steps = [ACCEPTED, FOREVER]
+    with Server(backend, Settings(max_concurrency=1, max_queue=1)) as server:
+        running = server.open(CHAT_PATH, HELLO)
+        wait_for(lambda: len(backend.streams) == 1)
+        queued = server.open(CHAT_PATH, HELLO)
+        wait_for(lambda: sample("triptych_requests_queued", pipeline=MODEL) == 1)
+        response = server.post(CHAT_PATH, HELLO)
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "overloaded"
+        assert len(backend.streams) == 1
+        running.close()  # its place goes to the one that waits
+        wait_for(lambda: len(backend.streams) == 2)
+        waiting = server.open(CHAT_PATH, HELLO)
+        wait_for(lambda: sample("triptych_requests_queued", pipeline=MODEL) == 1)
+        waiting.close()  # one that leaves the queue frees its place in it
+        wait_for(lambda: sample("triptych_requests_queued", pipeline=MODEL) == 0)
+        queued.close()
+        wait_for(lambda: backend.streams[1].cancelled_at)
+        backend.steps = ANSWER
+        assert server.post(CHAT_PATH, HELLO).status_code == 200
+
+
+def test_admission_is_first_in_first_out():
+    async def run():
+        admission = Admission(1, 10)
+        await admission.acquire()
+        order = []
+
+        async def one(name):
+            await admission.acquire()
+            order.append(name)
+            admission.release()
+
+        tasks = [asyncio.create_task(one(name)) for name in range(5)]
+        await asyncio.sleep(0)
+        assert admission.depth == 5
+        admission.release()
+        await asyncio.gather(*tasks)
+        assert order == [0, 1, 2, 3, 4]
+        assert (admission.in_flight, admission.depth) == (0, 0)
+
+    asyncio.run(run())
+
+
+@given(st.lists(st.tuples(st.sampled_from(["start", "release", "cancel", "yield"]), st.integers(0, 9)), max_size=60))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_admission_never_loses_a_place(actions):
+    """Whatever starts, ends and is cancelled, in whatever order: the limit holds, every place comes back."""
+
+    async def run():
+        admission = Admission(2, 3)
+        inside = set()
+        ends = {}
+        tasks = []
+
+        async def one(end):
+            await admission.acquire()
+            inside.add(end)
+            assert len(inside) <= admission.in_flight <= 2
+            try:
+                await end.wait()
+            finally:
+                inside.discard(end)
+                admission.release()
+
+        for action, which in actions:
+            if action == "start":
+                end = asyncio.Event()
+                tasks.append(asyncio.create_task(one(end)))
+                ends[tasks[-1]] = end
+            elif action == "yield":
+                await asyncio.sleep(0)
+            elif tasks:
+                task = tasks[which % len(tasks)]
+                if action == "cancel":
+                    task.cancel()
+                else:
+                    ends[task].set()
+            assert admission.depth <= 3
+        for end in ends.values():
+            end.set()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, (asyncio.CancelledError, StageError))
+        assert (admission.in_flight, admission.depth, inside) == (0, 0, set())
+
+    asyncio.run(run())
+
+
+# The app and its settings.
+
+
+def test_the_lifespan_surrounds_the_requests():
+    seen = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan():
+        seen.append("start")
+        yield
+        seen.append("stop")
+
+    with Server(ScriptedBackend(), Settings(), lifespan) as server:
+        assert seen == ["start"]
+        assert server.get("/health/live").status_code == 200
+    assert seen == ["start", "stop"]
+
+
+def test_settings_come_from_the_environment():
+    settings = Settings.from_env({"TRIPTYCH_PORT": "81", "TRIPTYCH_TRITON_GRPC": "triton:8001", "TRIPTYCH_HOST": ""})
+    assert settings == Settings(port=81, triton_grpc="triton:8001")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("PORT", "70000"),
+        ("PORT", "http"),
+        ("TRITON_GRPC", "localhost"),
+        ("TRITON_GRPC", ":8001"),
+        ("MAX_BODY_BYTES", "0"),
+        ("MAX_CONCURRENCY", "0"),
+        ("MAX_QUEUE", "-1"),
+    ],
+)
+def test_a_bad_setting_names_its_key(key, value):
+    with pytest.raises(SettingsError, match=f"TRIPTYCH_{key}"):
+        Settings.from_env({f"TRIPTYCH_{key}": value})
+
+
+# Anything at all.
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+bodies = st.builds(
+    lambda base, changes: {**base, **changes},
+    st.sampled_from([HELLO, PROMPT, {}]),
+    st.dictionaries(
+        st.sampled_from(sorted(CHAT.parameters | {"prompt", "n"})) | st.text(max_size=8),
+        json_values,
+        max_size=4,
+    ),
+)
+
+
+@given(body=bodies | json_values, path=st.sampled_from([CHAT_PATH, COMPLETION_PATH]))
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_json_makes_a_500(server, client, body, path):
+    response = client.post(server.url + path, content=json.dumps(body).encode())
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["message"]
+        assert error["type"] == "invalid_request_error"
+
+
+@given(body=st.binary(max_size=200))
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_bytes_make_a_500(server, client, body):
+    assert client.post(server.url + CHAT_PATH, content=body).status_code == 400
+
+
+@pytest.fixture
+def client():
+    with httpx.Client(timeout=5) as running:
+        yield running
+
+
+def test_the_gateway_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'tokenizers', 'numpy'}"
+    code = f"import sys, gateway.app; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.strip() == "[]"

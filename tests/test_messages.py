@@ -1,0 +1,161 @@
+"""Chat messages: what is taken, how it is normalised, and that every refusal names its place."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.errors import StageError
+from pipelines.messages import load_messages, parse_messages, utf8
+
+
+def user(content: object = "hi", **more: object) -> dict[str, object]:
+    return {"role": "user", "content": content, **more}
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_a_plain_message_is_taken_as_it_is(role):
+    messages = [{"role": role, "content": "hi"}]
+    assert parse_messages(messages) == messages
+
+
+def test_text_parts_are_joined_by_lines():
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert parse_messages([user(parts)]) == [user("one\ntwo")]
+
+
+def test_names_and_tool_results_are_kept():
+    messages = [user(name="Ada"), {"role": "tool", "content": "42", "tool_call_id": "c1"}]
+    assert parse_messages(messages) == messages
+
+
+def test_nulls_and_no_tool_calls_are_keys_not_given():
+    answer = {"role": "assistant", "content": "hi", "refusal": None, "audio": None, "tool_calls": []}
+    assert parse_messages([answer]) == [{"role": "assistant", "content": "hi"}]
+
+
+def test_an_empty_content_is_a_content():
+    assert parse_messages([user("")]) == [user("")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "problem"),
+    [
+        (None, "messages", "must be a list of messages, not null"),
+        ({"role": "user"}, "messages", "not an object"),
+        ("hi", "messages", "not a string"),
+        ([], "messages", "at least one"),
+        (["hi"], "messages[0]", "an object with role and content, not a string"),
+        ([user(), 5], "messages[1]", "not a number"),
+        ([{}], "messages[0].role", "is required"),
+        ([{"content": "hi"}], "messages[0].role", "is required"),
+        ([{"role": 1, "content": "hi"}], "messages[0].role", "must be a string, not a number"),
+        ([{"role": "function", "content": "hi"}], "messages[0].role", "not 'function'"),
+        ([{"role": "\ud800", "content": "hi"}], "messages[0].role", "not valid Unicode"),
+        ([{"role": "user"}], "messages[0].content", "is required"),
+        ([user(None)], "messages[0].content", "is required"),
+        ([user(True)], "messages[0].content", "a string or a list of text parts, not a boolean"),
+        ([user({"text": "hi"})], "messages[0].content", "not an object"),
+        ([user([])], "messages[0].content", "at least one part"),
+        ([user("\ud800")], "messages[0].content", "not valid Unicode"),
+        ([user(), user("\udfff")], "messages[1].content", "not valid Unicode"),
+        ([user(["hi"])], "messages[0].content[0]", "an object with type and text, not a string"),
+        ([user([{"text": "hi"}])], "messages[0].content[0].type", "must be 'text'"),
+        ([user([{"type": 1}])], "messages[0].content[0].type", "must be a string"),
+        ([user([{"type": "text"}])], "messages[0].content[0].text", "is required"),
+        ([user([{"type": "text", "text": []}])], "messages[0].content[0].text", "not a list"),
+        ([user([{"type": "text", "text": "\ud800"}])], "messages[0].content[0].text", "not valid Unicode"),
+        ([user([{"type": "text", "text": "", "x": 1}])], "messages[0].content[0].x", "not supported"),
+        (
+            [user([{"type": "text", "text": ""}, {"type": "image_url", "image_url": {"url": "data:"}}])],
+            "messages[0].content[1].type",
+            "not 'image_url'",
+        ),
+        ([user(name=1)], "messages[0].name", "must be a string"),
+        ([user(tool_call_id="c1")], "messages[0].tool_call_id", "not supported"),
+        ([user(weight=1)], "messages[0].weight", "role 'user' takes content, name, role"),
+        ([user(**{"\ud800": 1})], "messages[0].\\ud800", "not supported"),
+        ([{"role": "assistant", "content": "no", "refusal": "no"}], "messages[0].refusal", "not supported"),
+        ([{"role": "tool", "content": "42"}], "messages[0].tool_call_id", "is required with role 'tool'"),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}],
+            "messages[0].tool_calls",
+            "is not supported",
+        ),
+    ],
+)
+def test_a_refusal_names_its_place(messages, param, problem):
+    with pytest.raises(StageError) as refused:
+        parse_messages(messages)
+    assert refused.value.param == param
+    assert problem in refused.value.message
+    assert StageError.from_text(refused.value.to_json(), stage="preprocess").param == param
+    refused.value.message.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not valid JSON"),
+        ("[", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff", "not valid Unicode"),
+        ("\ud800", "not valid Unicode"),
+        (json.dumps([user()]).encode("utf-16"), "not valid Unicode"),
+        ("[" + "9" * 10_000 + "]", "not"),
+    ],
+)
+def test_the_tensor_must_be_json_in_utf8(text, problem):
+    with pytest.raises(StageError, match=problem) as refused:
+        load_messages(text)
+    assert str(refused.value.param).startswith("messages")
+
+
+def test_the_tensor_as_bytes_and_as_str():
+    text = json.dumps([user("日本 😀")])
+    assert load_messages(text) == load_messages(text.encode()) == [user("日本 😀")]
+
+
+def test_utf8_names_its_parameter():
+    assert utf8("é".encode(), "prompt") == "é"
+    with pytest.raises(StageError) as refused:
+        utf8(b"\xc3", "prompt")
+    assert refused.value.param == "prompt"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(["role", "content", "name", "type", "text", "tool_call_id", "tool_calls"])
+WORDS = st.sampled_from(["user", "assistant", "tool", "developer", "text", "hi", "\ud800"])
+NEARLY = st.recursive(
+    WORDS | JSON,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON | st.lists(NEARLY) | st.lists(st.fixed_dictionaries({"role": WORDS, "content": NEARLY})))
+def test_any_json_is_parsed_for_good_or_refused(value):
+    try:
+        messages = parse_messages(value)
+    except StageError as error:
+        refused = error
+    else:
+        assert parse_messages(messages) == messages
+        assert all(isinstance(item, str) for message in messages for item in message.values())
+        return
+    assert str(refused.param).startswith("messages")
+    refused.to_json().encode()
+
+
+def test_the_gateway_pays_for_no_tokenizer():
+    code = "import sys, pipelines.messages; print({'tokenizers', 'jinja2', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,142 @@
+"""Nothing of the product stays behind, whatever ends it; and while it breaks, it says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.triton import environment, remove_stale_shm
+from pipelines.repository import CHECKED_IN
+from tests.product import Product, alive, free_triple, wait_for
+
+SLOW = {"model": "echo-slow", "prompt": "a b c", "max_tokens": 4000, "stream": True}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything(own_product: Product, number: int) -> None:
+    family = own_product.family()
+    assert sum("stub" in command for command in family.values()) == 4
+    assert own_product.shm()
+    own_product.stop(number)
+    wait_for(lambda: not any(alive(pid) for pid in family), 10)
+    assert own_product.shm() == []
+
+
+def test_a_signal_while_loading_ends_everything(tmp_path: Path, catalog: Path) -> None:
+    product = Product(tmp_path, "echo-slow", env={"TRIPTYCH_CATALOG": str(catalog)})
+    wait_for(lambda: any("stub" in command for command in product.family().values()), 60)
+    family = product.family()
+    assert product.stop() != 0
+    wait_for(lambda: not any(alive(pid) for pid in family), 15)
+    assert product.shm() == []
+
+
+def test_kill_9_of_serve_leaves_nothing_running(own_product: Product) -> None:
+    family = own_product.family()
+    os.kill(own_product.pid, signal.SIGKILL)
+    own_product.process.wait()
+    wait_for(lambda: not any(alive(pid) for pid in family), 20)
+    remove_stale_shm()
+    assert own_product.shm() == []
+
+
+def test_a_request_in_flight_is_finished_on_sigterm(own_product: Product) -> None:
+    answers: list[httpx.Response] = []
+    body = {"model": "echo-slow", "prompt": "a b c", "max_tokens": 60}
+    call = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30))
+    )
+    call.start()
+    wait_for(lambda: own_product.counters("echo-slow-generate")["running"] == 1, 10)
+    assert own_product.stop() == 0
+    call.join(timeout=10)
+    assert answers[0].json()["usage"]["completion_tokens"] == 60
+
+
+def test_triton_killed_mid_stream_is_an_error_event_and_no_done(own_product: Product) -> None:
+    family = own_product.family()
+    lines: list[str] = []
+    with httpx.Client() as http:
+        with http.stream("POST", f"{own_product.url}/v1/completions", json=SLOW, timeout=30) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) == 4:
+                    os.kill(own_product.triton(), signal.SIGKILL)
+    data = [line for line in lines if line.startswith("data: ")]
+    assert json.loads(data[-1][6:])["error"]["code"] == "unavailable"
+    assert not any("[DONE]" in line for line in lines)
+    assert own_product.process.wait(timeout=60) == 1  # without Triton there is nothing to serve
+    assert "tritonserver has stopped" in own_product.log_text()
+    wait_for(lambda: not any(alive(pid) for pid in family), 20)
+    assert own_product.shm() == []
+
+
+def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:
+    """A stopped orchestrator sends no heartbeat: the stream gets an error event, and readiness turns false."""
+    stub = own_product.stub("echo-slow-orchestrator")
+    lines: list[str] = []
+    try:
+        with httpx.Client() as http:
+            with http.stream("POST", f"{own_product.url}/v1/completions", json=SLOW, timeout=30) as response:
+                for line in response.iter_lines():
+                    lines.append(line)
+                    if len(lines) == 4:
+                        os.kill(stub, signal.SIGSTOP)
+        assert '"error"' in next(line for line in reversed(lines) if line)
+        assert own_product.get("/health/ready") == (503, {"status": "not ready", "not_ready": ["echo-slow"]})
+    finally:
+        os.kill(stub, signal.SIGCONT)
+
+
+def test_a_port_in_use_is_one_sentence(own_product: Product) -> None:
+    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(own_product.port), "--pipeline", "echo"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1
+    assert again.stderr.splitlines()[-1].startswith(f"triptych: port {own_product.port} is in use")
+
+
+def test_tritonserver_alone_serves_the_default_pipeline(smollm2_home: Path, tmp_path: Path) -> None:
+    """No gateway, no options of ours: the binary, the checked-in repository and a backend folder."""
+    import tritonclient.grpc as triton_grpc
+
+    from gateway.triton import backend_directory, server_home
+    from tests.product import bytes_input
+
+    port = free_triple()
+    command = [str(server_home() / "bin" / "tritonserver"), f"--model-repository={CHECKED_IN}"]
+    command += [f"--backend-directory={backend_directory()}", f"--grpc-port={port}"]
+    command += [f"--http-port={port - 1}", f"--metrics-port={port + 1}"]
+    command += [f"--{service}-address=127.0.0.1" for service in ("grpc", "http", "metrics")]
+    with (tmp_path / "triton.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
+    try:
+        client = triton_grpc.InferenceServerClient(f"127.0.0.1:{port}")
+
+        def ready() -> bool:
+            assert server.poll() is None, (tmp_path / "triton.log").read_text()[-2000:]
+            try:
+                return bool(client.is_model_ready("ensemble"))
+            except triton_grpc.InferenceServerException:
+                return False
+
+        wait_for(ready, 120)
+        names = {model.name for model in client.get_model_repository_index().models}
+        assert names == {"preprocess", "generate", "postprocess", "ensemble", "orchestrator"}
+        inputs = [
+            bytes_input("prompt", "What is the capital of France?"),
+            bytes_input("sampling", '{"temperature": 0}'),
+        ]
+        answer = client.infer("ensemble", inputs, client_timeout=120)
+        assert answer.as_numpy("generated_text")[0] == b"The capital of France is Paris."
+        client.close()
+    finally:
+        server.terminate()
+        server.wait(timeout=60)

@@ -1,0 +1,272 @@
+"""The whole product against the real Triton: the three ways in, the same answer, and nothing lost between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import socket
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.product import Product, bytes_input, wait_for
+
+CAPITAL = "What is the capital of France?"
+GREEDY = json.dumps({"temperature": 0, "max_tokens": 24})
+
+
+@pytest.fixture
+def client(product: Product) -> Any:
+    return openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def ask(content: str) -> Any:
+    return [{"role": "user", "content": content}]
+
+
+class OrchestratorCall:
+    """One direct request to the orchestrator: its deltas, as they come."""
+
+    def __init__(self, product: Product, model: str, inputs: dict[str, str], **parameters: Any) -> None:
+        self.responses: queue.Queue[Any] = queue.Queue()
+        self.client = product.client()
+        self.client.start_stream(lambda result, error: self.responses.put((result, error)))
+        tensors = [bytes_input(*item) for item in inputs.items()]
+        self.client.async_stream_infer(model, tensors, parameters=parameters, enable_empty_final_response=True)
+
+    def deltas(self) -> list[tuple[str, str]]:
+        found = []
+        while True:
+            result, error = self.responses.get(timeout=120)
+            if error:
+                raise error
+            text = result.as_numpy("generated_text")
+            if text is not None:
+                found.append((text[0].decode(), result.as_numpy("finish_reason")[0].decode()))
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return found
+
+    def close(self) -> None:
+        self.client.stop_stream(cancel_requests=True)
+        self.client.close()
+
+
+def test_three_ways_in_give_one_answer(product: Product, client: Any) -> None:
+    model = "smollm2-135m-instruct"
+    options: Any = {"model": model, "messages": ask(CAPITAL), "temperature": 0, "max_tokens": 24}
+    answer = client.chat.completions.create(**options)
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
+
+    streamed = [
+        chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**options, stream=True)
+    ]
+    whole, reason = product.infer("ensemble", {"prompt": CAPITAL, "sampling": GREEDY})
+    messages, _ = product.infer("ensemble", {"messages": json.dumps(ask(CAPITAL)), "sampling": GREEDY})
+    call = OrchestratorCall(product, "orchestrator", {"prompt": CAPITAL, "sampling": GREEDY})
+    deltas = call.deltas()
+    call.close()
+
+    texts = {"".join(streamed), whole, messages, "".join(text for text, _ in deltas)}
+    assert texts == {answer.choices[0].message.content}
+    assert reason == "stop"
+    assert [reason for _, reason in deltas] == [""] * (len(deltas) - 1) + ["stop"]
+
+
+def test_a_seed_fixes_the_answer(client: Any) -> None:
+    options: Any = {"model": "smollm2-135m-instruct", "messages": ask("Tell me a story."), "max_tokens": 16}
+    first, second = (client.chat.completions.create(**options, seed=7) for _ in range(2))
+    other = client.chat.completions.create(**options, seed=8)
+    assert first.choices[0].message.content == second.choices[0].message.content != other.choices[0].message.content
+
+
+def test_usage_is_exact_and_length_is_said(client: Any) -> None:
+    options: Any = {"model": "smollm2-135m-instruct", "messages": ask(CAPITAL), "temperature": 0, "max_tokens": 3}
+    answer = client.chat.completions.create(**options)
+    assert answer.choices[0].finish_reason == "length"
+    # 37 tokens: the template with its system message, as transformers' own apply_chat_template counts it.
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (37, 3, 40)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == answer.usage
+    assert chunks[-1].choices == []
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_completions_continue_raw_text(client: Any) -> None:
+    answer = client.completions.create(
+        model="smollm2-135m-instruct", prompt="The capital of France is", temperature=0, max_tokens=2
+    )
+    assert answer.choices[0].text.startswith(" Paris")
+    streamed = client.completions.create(model="echo", prompt="one two three", max_tokens=3, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == "one two three"
+
+
+def test_typed_errors(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.chat.completions.create(model="echo-small", messages=ask("word " * 100))
+    assert too_long.value.code == "context_length_exceeded"
+    assert "64 tokens" in too_long.value.message
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        client.chat.completions.create(model="echo", messages=ask("x"), logit_bias={"1": 5})
+    assert unsupported.value.param == "logit_bias"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nothing", messages=ask("x"))
+    with pytest.raises(openai.BadRequestError) as streaming:
+        client.chat.completions.create(model="echo-small", messages=ask("word " * 100), stream=True)
+    assert streaming.value.code == "context_length_exceeded"
+    assert [model.id for model in client.models.list()] == sorted(model.id for model in client.models.list())
+
+
+def test_ensemble_errors_name_the_stage(product: Product) -> None:
+    with pytest.raises(Exception, match="'max_tokens' must be an integer") as error:
+        product.infer("echo-ensemble", {"prompt": "x", "sampling": '{"max_tokens": "many"}'})
+    assert '"stage": "preprocess"' in str(error.value)
+    with pytest.raises(Exception, match=r"exactly one|one of"):
+        product.infer("echo-ensemble", {"prompt": "x", "text": "y"})
+
+
+def test_ensemble_by_curl(product: Product) -> None:
+    sampling = {"name": "sampling", "shape": [1], "datatype": "BYTES", "data": ['{"max_tokens": 4}']}
+    text = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["one two three four five"]}
+    body = json.dumps({"inputs": [text, sampling]}).encode()
+    url = f"{product.http_url}/v2/models/echo-ensemble/infer"
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as response:
+        outputs = {output["name"]: output["data"][0] for output in json.load(response)["outputs"]}
+    assert outputs == {"generated_text": "one two three four", "finish_reason": "length"}
+
+
+def test_many_ensemble_calls_are_one_batch(product: Product) -> None:
+    """32 unary calls of a paced engine take the time of about one: the engine runs them together."""
+    before = product.counters("echo-slow-generate")
+    sampling = json.dumps({"max_tokens": 50})
+    answers: list[tuple[str, str]] = []
+    call = lambda: answers.append(product.infer("echo-slow-ensemble", {"text": "a b c", "sampling": sampling}))  # noqa: E731
+    threads = [threading.Thread(target=call) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    running = 0
+    while any(thread.is_alive() for thread in threads):
+        running = max(running, product.counters("echo-slow-generate")["running"])
+        time.sleep(0.02)
+    assert running >= 16  # at 50 tokens/s they last a second: they must overlap
+    assert len(set(answers)) == 1
+    after = product.counters("echo-slow-generate")
+    assert after["finished"] - before["finished"] == 32
+    assert after["output_tokens"] - before["output_tokens"] == 32 * 50
+
+
+@pytest.mark.parametrize("stop", ["three", "ee fo", " two three four", "e"])
+def test_stop_strings_end_generation_in_the_engine(product: Product, client: Any, stop: str) -> None:
+    text = "one two three four five six seven eight nine ten"
+    expected = text[: text.index(stop)]
+    before = product.counters("echo-generate")["output_tokens"]
+    answer = client.completions.create(model="echo", prompt=text, max_tokens=1000, stop=[stop])
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "stop")
+    produced = product.counters("echo-generate")["output_tokens"] - before
+    assert produced == answer.usage.completion_tokens <= 5  # the ten words are more tokens than that
+    streamed = client.completions.create(model="echo", prompt=text, max_tokens=1000, stop=[stop], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == expected
+    whole = product.infer("echo-ensemble", {"text": text, "sampling": json.dumps({"max_tokens": 1000, "stop": stop})})
+    assert whole == (expected, "stop")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disconnect_stops_the_engine(product: Product, stream: bool) -> None:
+    before = product.counters("echo-slow-generate")
+    body = {"model": "echo-slow", "messages": ask("a b c"), "max_tokens": 5000, "stream": stream}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", product.port)) as connection:
+        connection.sendall(head + data)
+        if stream:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        wait_for(lambda: product.counters("echo-slow-generate")["running"] == before["running"] + 1, 10)
+    took = wait_for(lambda: product.counters("echo-slow-generate")["cancelled"] == before["cancelled"] + 1, 5)
+    assert product.counters("echo-slow-generate")["running"] == before["running"]
+    assert took < 0.2  # the product's promise (issue: "stops the engine within 200 ms"); it takes some 5 ms
+
+
+def test_a_cancelled_grpc_stream_stops_the_engine(product: Product) -> None:
+    before = product.counters("echo-slow-generate")
+    call = OrchestratorCall(product, "echo-slow-orchestrator", {"text": "a b c", "sampling": '{"max_tokens": 5000}'})
+    call.responses.get(timeout=30)
+    call.close()
+    wait_for(lambda: product.counters("echo-slow-generate")["cancelled"] == before["cancelled"] + 1, 5)
+
+
+def test_an_ensemble_call_is_cancelled_by_its_id(product: Product) -> None:
+    """Client timeouts do not reach a running step (DESIGN §4), so there is a control request."""
+    before = product.counters("echo-slow-generate")
+    answers: list[tuple[str, str]] = []
+    inputs = {"text": "a b c", "sampling": '{"max_tokens": 5000}'}
+    thread = threading.Thread(
+        target=lambda: answers.append(product.infer("echo-slow-ensemble", inputs, request_id="mine"))
+    )
+    thread.start()
+    wait_for(lambda: product.counters("echo-slow-generate")["running"] > before["running"], 10)
+    client = product.client()
+    client.infer("echo-slow-generate", [], parameters={"operation": "cancel", "id": "mine"}, client_timeout=10)
+    thread.join(timeout=10)
+    client.close()
+    assert [reason for _, reason in answers] == ["cancelled"]
+
+
+def test_many_streams_at_once_are_all_whole(product: Product) -> None:
+    """300 streams through one lane, rotated on the way: every one gets all of its own text and nothing else."""
+
+    async def one(http: httpx.AsyncClient, number: int) -> str:
+        body = {"model": "echo-token", "prompt": f"stream number {number}:", "max_tokens": 200, "stream": True}
+        text = ""
+        async with http.stream("POST", f"{product.url}/v1/completions", json=body, timeout=120) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+        return text
+
+    async def everything() -> list[str]:
+        limits = httpx.Limits(max_connections=300)
+        async with httpx.AsyncClient(limits=limits) as http:
+            return await asyncio.gather(*(one(http, number) for number in range(300)))
+
+    for number, text in enumerate(asyncio.run(everything())):
+        assert text.startswith(f"stream number {number}:" * 3)
+
+
+def test_a_lane_is_rotated_without_loss(product: Product) -> None:
+    """More messages than a lane carries before it is moved (1,000), in one slow stream beside many short ones."""
+    from gateway.lane import ROTATE_AFTER
+
+    def messages() -> float:
+        with urllib.request.urlopen(f"{product.url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return float(
+            next(line.split()[-1] for line in lines if line.startswith('triptych_lane_messages_total{pipeline="echo"}'))
+        )
+
+    started = messages()
+    client = openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0, timeout=60)
+    while messages() - started < ROTATE_AFTER + 100:
+        for _ in range(50):
+            answer = client.completions.create(model="echo", prompt="one two three", max_tokens=3)
+            assert answer.choices[0].text == "one two three"
+
+
+def test_health_and_metrics(product: Product) -> None:
+    assert product.get("/health/live")[0] == 200
+    assert product.get("/health/ready") == (200, {"status": "ready", "not_ready": []})
+    served = {model["id"] for model in product.get("/v1/models")[1]["data"]}
+    assert {"smollm2-135m-instruct", "echo"} <= served
+    assert not any(word in name for name in served for word in ("preprocess", "ensemble", "orchestrator"))
+
+
+def test_the_gateway_has_no_torch(product: Product) -> None:
+    """Neither imported nor mapped, while the generate stub has it."""
+    assert "libtorch" not in Path(f"/proc/{product.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{product.stub('generate')}/maps").read_text()

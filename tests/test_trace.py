@@ -1,0 +1,121 @@
+"""One request is one trace: complete, parented right and small, whatever the way in. At a real OTLP receiver."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.otlp_receiver import ReceivedSpan, Receiver
+from tests.product import Product
+from tests.test_stack import OrchestratorCall, ask
+
+STAGES = {"preprocess", "render", "tokenize", "generate", "queue", "prefill", "decode", "postprocess"}
+
+
+def new_trace() -> tuple[str, str, str]:
+    """A trace id, the id of the caller's span, and both as a traceparent."""
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    return trace_id, span_id, f"00-{trace_id}-{span_id}-01"
+
+
+def names(span: ReceivedSpan) -> Any:
+    """The tree's names, children in the order of their start."""
+    return (span.name, [names(child) for child in sorted(span.children, key=lambda child: child.start_ns)])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("max_tokens", [3, 300])
+def test_a_chat_is_one_small_tree(product: Product, otlp: Receiver, stream: bool, max_tokens: int) -> None:
+    trace_id, span_id, traceparent = new_trace()
+    body = {"model": "echo", "messages": ask("Hi there"), "max_tokens": max_tokens, "stream": stream, "seed": 5}
+    headers = {"traceparent": traceparent, "x-request-id": "trace-test"}
+    answer = httpx.post(f"{product.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert answer.headers["x-request-id"] == "trace-test"
+    expect = STAGES | {"admission", "chat echo"} | ({"sse.write"} if stream else set())
+    root = otlp.tree(trace_id, expect=expect, remote_parent=span_id, timeout=10)
+    assert root.name == "POST /v1/chat/completions"
+    assert root.kind == "server"
+    spans = list(root.walk())
+    assert len(spans) <= 20
+    assert sorted(span.name for span in spans) == sorted({root.name, *expect})
+
+    chat = root.find("chat echo")
+    assert {child.name for child in chat.children} == {"preprocess", "generate", "postprocess"}
+    assert {child.name for child in root.children} == {"admission", chat.name} | ({"sse.write"} if stream else set())
+    assert [child.name for child in root.find("preprocess").children] == ["render", "tokenize"]
+    assert [child.name for child in root.find("generate").children] == ["queue", "prefill", "decode"]
+    assert {span.name: span.service for span in spans if span.name in ("preprocess", "generate", "postprocess")} == {
+        "preprocess": "triptych-preprocess",
+        "generate": "triptych-generate",
+        "postprocess": "triptych-orchestrator",  # it adds up the calls of the stateless stage
+    }
+    assert chat.kind == "client"
+    assert chat.attributes["gen_ai.operation.name"] == "chat"
+    assert chat.attributes["gen_ai.request.model"] == "echo"
+    assert chat.attributes["gen_ai.usage.output_tokens"] == max_tokens
+    assert root.find("generate").attributes["gen_ai.usage.output_tokens"] == max_tokens
+    assert root.attributes["http.response.status_code"] == 200
+    assert len(root.find("decode").attributes["triptych.gap_ms.counts"]) <= 64
+
+
+def test_the_failing_stage_carries_the_error(product: Product, otlp: Receiver) -> None:
+    trace_id, span_id, traceparent = new_trace()
+    body = {"model": "echo-small", "messages": ask("word " * 100)}
+    answer = httpx.post(f"{product.url}/v1/chat/completions", json=body, headers={"traceparent": traceparent})
+    assert answer.status_code == 400
+    root = otlp.tree(trace_id, expect={"preprocess"}, remote_parent=span_id, timeout=10)
+    assert root.find("preprocess").attributes["error.type"] == "context_length_exceeded"
+    assert root.attributes["http.response.status_code"] == 400
+
+
+def test_a_direct_ensemble_call_is_traced(product: Product, otlp: Receiver) -> None:
+    trace_id, span_id, traceparent = new_trace()
+    inputs = {"prompt": "Hi there", "sampling": '{"max_tokens": 5}'}
+    product.infer("echo-ensemble", inputs, parameters={"traceparent": traceparent})
+    spans = otlp.spans_of(trace_id, timeout=10, count=len(STAGES))
+    assert sorted(span.name for span in spans) == sorted(STAGES)
+    ids = {span.span_id for span in spans} | {span_id}
+    assert all(span.parent_id in ids for span in spans)
+    top = {span.name for span in spans if span.parent_id == span_id}
+    assert top == {"preprocess", "generate", "postprocess"}
+
+
+def test_a_direct_orchestrator_call_is_traced(product: Product, otlp: Receiver) -> None:
+    trace_id, span_id, traceparent = new_trace()
+    inputs = {"prompt": "Hi there", "sampling": '{"max_tokens": 5}'}
+    call = OrchestratorCall(product, "echo-orchestrator", inputs, traceparent=traceparent)
+    call.deltas()
+    call.close()
+    spans = otlp.spans_of(trace_id, timeout=10, count=len(STAGES))
+    assert {span.name for span in spans if span.parent_id == span_id} == {"preprocess", "generate", "postprocess"}
+
+
+def test_an_unsampled_request_leaves_no_span(product: Product, otlp: Receiver) -> None:
+    trace_id, _, traceparent = new_trace()
+    body = {"model": "echo", "messages": ask("Hi"), "max_tokens": 3}
+    unsampled = traceparent[:-2] + "00"
+    assert (
+        httpx.post(f"{product.url}/v1/chat/completions", json=body, headers={"traceparent": unsampled}).status_code
+        == 200
+    )
+    sampled_id, sampled_span, sampled = new_trace()
+    httpx.post(f"{product.url}/v1/chat/completions", json=body, headers={"traceparent": sampled})
+    otlp.tree(sampled_id, expect=STAGES, remote_parent=sampled_span, timeout=10)  # by now the first one's would be here
+    assert [span for span in otlp.spans() if span.trace_id == trace_id] == []
+
+
+def test_tracing_off_costs_no_import(own_product: Product) -> None:
+    """Unset, nothing of the SDK is loaded: no exporter thread, no protobuf of OTLP."""
+    body = json.dumps({"model": "echo-slow", "prompt": "a", "max_tokens": 1})
+    assert httpx.post(f"{own_product.url}/v1/completions", content=body, timeout=30).status_code == 200
+    for pid in (own_product.pid, own_product.stub("echo-slow-generate")):
+        threads = {
+            Path(f"/proc/{pid}/task/{task}/comm").read_text().strip() for task in os.listdir(f"/proc/{pid}/task")
+        }
+        assert not any("Otel" in thread for thread in threads)
