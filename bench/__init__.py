@@ -1,1 +1,1 @@
-"""Measurements. Each module runs with `python -m bench.NAME` and prints a table, then one JSON object as its last line."""
+"""Measurements. Each module runs with `python -m bench.NAME`, prints a table, and one JSON object as its last line."""

@@ -65,9 +65,7 @@ def summary(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "tokens_per_s": None if tokens is None else tokens / seconds,
         "first_token_ms": milliseconds([r.first - r.started for r in good if r.first is not None]),
         "between_events_ms": milliseconds(gaps, zeros=sum(result.together for result in good)),
-        "per_output_token_ms": milliseconds(
-            [per for result in good if (per := _per_token(result)) is not None]
-        ),
+        "per_output_token_ms": milliseconds([per for result in good if (per := _per_token(result)) is not None]),
         "request_ms": milliseconds([result.ended - result.started for result in good]),
     }
 
@@ -104,9 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT)
-    parser.add_argument(
-        "--completions", action="store_true", help="/completions instead of /chat/completions"
-    )
+    parser.add_argument("--completions", action="store_true", help="/completions instead of /chat/completions")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--usage",
@@ -135,8 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         body["messages"] = [{"role": "user", "content": given.prompt}]
     path = "/completions" if given.completions else "/chat/completions"
 
-    uvloop.install()
-    results, seconds = asyncio.run(
+    results, seconds = uvloop.run(
         drive(
             endpoint,
             path,

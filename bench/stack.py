@@ -38,7 +38,7 @@ TOKEN, MESSAGE = "echo-bench", "echo-bench-message"
 PROMPT = " ".join(f"word {number}" for number in range(20))
 START_S = 300
 TOKENS = 100_000  # of all streams together in one measurement, as long as a stream gets no more than
-MOST_TOKENS = 4_000
+MOST_TOKENS = 50_000
 CALLS = 4  # one after the other, of each of the ensemble's callers
 TIMEOUT_S = 120
 
@@ -87,6 +87,7 @@ def _declaration(name: str, event: str) -> str:
         "parts": list(model.parts),
         "engine": "echo",
         "max_running": 1024,
+        "context": 2 * MOST_TOKENS,
         "stream_event": event,
     }
     table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
@@ -328,15 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams = [int(count) for count in given.streams.split(",")]
     if min(streams) < 1 or given.rounds < 1:
         parser.error("--streams and --rounds must be 1 or more")
-    uvloop.install()
     with processes.terminated_as_exit(), tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder:
         try:
             with started(Path(folder)) as stack:
                 if given.soak:
-                    found = asyncio.run(soak_for(stack, given.soak, given.soak_streams))
+                    found = uvloop.run(soak_for(stack, given.soak, given.soak_streams))
                     print_soak(found)
                 else:
-                    found = asyncio.run(compare(stack, streams, given.rounds))
+                    found = uvloop.run(compare(stack, streams, given.rounds))
                     print_comparison(found)
         except processes.StartError as error:
             print(f"bench.stack: {error}", file=sys.stderr)

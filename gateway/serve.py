@@ -143,5 +143,6 @@ def _greeting(settings: Settings, pipeline: str) -> str:
     chat = f'{{"model": "{pipeline}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
     return (
         f"\nTriptych serves {pipeline} on http://{settings.host}:{settings.port}. Try:\n\n"
-        f"curl http://{settings.host}:{settings.port}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'\n"
+        f"curl http://{settings.host}:{settings.port}/v1/chat/completions"
+        f" -H 'content-type: application/json' -d '{chat}'\n"
     )

@@ -49,7 +49,7 @@ class Triton:
         for port in (self.http_port, self.grpc_port, self.metrics_port):
             if not port_is_free(port):
                 raise TritonError(
-                    f"port {port} is in use: choose others with --triton-grpc-port (it takes that port, the one below and the one above)"
+                    f"port {port} is in use: choose others with --triton-grpc-port (it takes that and both neighbours)"
                 )
         remove_stale_shm()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,21 +171,13 @@ def backend_directory() -> Path:
 
 def libpython() -> Path | None:
     """The shared libpython of this interpreter, which the stub loads; None if it was built without one."""
-    name = sysconfig.get_config_var("INSTSONAME") or ""
-    folders = [
-        sysconfig.get_config_var("LIBDIR") or "",
-        str(Path(sys.base_prefix) / "lib"),
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib64",
-    ]
-    return next(
-        (
-            Path(folder) / name
-            for folder in folders
-            if name.startswith("libpython") and name.count(".so") and (Path(folder) / name).exists()
-        ),
-        None,
-    )
+    name = str(sysconfig.get_config_var("INSTSONAME"))
+    multiarch = str(sysconfig.get_config_var("MULTIARCH"))
+    for folder in (sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"/usr/lib/{multiarch}", "/usr/lib64"):
+        file = Path(str(folder)) / name
+        if ".so" in name and file.exists():
+            return file
+    return None
 
 
 def environment() -> dict[str, str]:
@@ -193,7 +185,7 @@ def environment() -> dict[str, str]:
     library = libpython()
     if library is None:
         raise TritonError(
-            "this Python has no shared libpython: use one that has (Debian: python3-dev; pyenv: --enable-shared; uv's have it)"
+            "this Python has no shared libpython: use one that has it (Debian: python3-dev, pyenv: --enable-shared)"
         )
     libraries = [str(server_home().parent.parent / "nvidia_pytriton.libs"), str(library.parent)]
     current = os.environ.get("LD_LIBRARY_PATH", "")

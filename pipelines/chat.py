@@ -40,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Event:
-    """What a listener is told of one request. The first carries `prompt_tokens`, the last `finish_reason` or `error`."""
+    """What a listener hears of one request. The first carries `prompt_tokens`, the last `finish_reason` or `error`."""
 
     id: str
     texts: list[str]
@@ -227,15 +227,16 @@ class Chat:
     def _event(self, row: Row, live: _Live, text: Text | StageError) -> Event:
         with self._lock:
             first, live.announced = not live.announced, True
-        error = StageError(row.error, code="internal", stage="generate") if row.finish_reason == "error" else None
-        if isinstance(text, StageError):
-            text, error = Text([], 0, 0), text
+        error = text if isinstance(text, StageError) else None
+        if row.finish_reason == "error":
+            error = StageError(row.error, code="internal", stage="generate")
+        texts = text.texts if isinstance(text, Text) else []
         if not (row.finish_reason or error):
-            return Event(live.id, text.texts, prompt_tokens=live.prompt_tokens if first else 0)
+            return Event(live.id, texts, prompt_tokens=live.prompt_tokens if first else 0)
         self._end(row, live)
         stages = {"preprocess": live.preprocess_ms, **row.stages, "postprocess": live.text_busy_ns / 1e6}
         reason = "" if error else row.finish_reason
-        return Event(live.id, text.texts, reason, live.prompt_tokens, live.completion_tokens, stages, error)
+        return Event(live.id, texts, reason, live.prompt_tokens, live.completion_tokens, stages, error)
 
     def _end(self, row: Row, live: _Live) -> None:
         """The request's last event is on its way: forget it, and have generate do so if it does not know yet."""

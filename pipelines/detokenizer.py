@@ -33,15 +33,16 @@ REPLACEMENT = "\ufffd"
 class Stream(Protocol):
     """One answer's text as its ids arrive.
 
-    `clean`: every id pushed so far is settled, so what follows decodes without them. `started`: an id has
-    counted as the answer's first.
+    `context`: how many of the last ids are needed to decode what follows, and how many characters a stream that
+    begins with them gives again; None if only the whole will do. `started`: an id has counted as the answer's
+    first.
     """
 
     @property
     def started(self) -> bool: ...
 
     @property
-    def clean(self) -> bool: ...
+    def context(self) -> tuple[int, int] | None: ...
 
     def push(self, token_id: int) -> str:
         """The text that this id settles: it cannot change whatever follows."""
@@ -95,9 +96,7 @@ def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _visible(tokenizer: Tokenizer) -> Callable[[int], str | None]:
-    """The token of an id, or None if `decode` skips it. Skipping goes by content, as in the Rust
-    implementation.
-    """
+    """The token of an id, or None if `decode` skips it: by its content, as the Rust implementation does."""
     special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
 
     def token(token_id: int) -> str | None:
@@ -136,22 +135,26 @@ def _lossy(token: Callable[[int], str | None]) -> Detokenizer:
 
 
 class LossyStream:
-    """UTF-8 with U+FFFD for each maximal invalid part: what Rust's `from_utf8_lossy` and Python's `replace`
-    both do.
-    """
+    """UTF-8, U+FFFD for each maximal invalid part: both Rust's `from_utf8_lossy` and Python's `replace`."""
 
     started = False
 
     def __init__(self, table: Table) -> None:
         self._table = table
         self._tail = b""  # the beginning of a character
+        self._ids = 0  # since the one that it begins in
+        self._before = b""  # what that one holds before it
 
     @property
-    def clean(self) -> bool:
-        return not self._tail
+    def context(self) -> tuple[int, int] | None:
+        # In some scripts most ids end inside a character, so a window that waits for one that does not would grow.
+        # Read afresh, the bytes before the character's are other characters, but the character's are the same: its
+        # first byte is never the continuation of anything.
+        return (self._ids, len(self._before.decode("utf-8", "replace"))) if self._tail else (0, 0)
 
     def push(self, token_id: int) -> str:
         entry = self._table[token_id]
+        self._ids += 1
         if entry is None:
             return ""
         if isinstance(entry, str):
@@ -161,6 +164,8 @@ class LossyStream:
         data = self._tail + entry
         text, consumed = codecs.utf_8_decode(data, "replace", False)
         self._tail = data[consumed:]
+        if len(self._tail) <= len(entry):
+            self._ids, self._before = 1, entry[: len(entry) - len(self._tail)]
         return text
 
     def flush(self) -> str:
@@ -200,9 +205,7 @@ def _runs(steps: Sequence[dict[str, Any]], token: Callable[[int], str | None]) -
 
 
 class RunStream:
-    """Text, and runs of bytes. `tokenizers` makes a whole run U+FFFD if it is not valid UTF-8: it settles at
-    its end.
-    """
+    """Text, and runs of bytes: U+FFFD all of them if the run is not valid UTF-8, so it settles at its end."""
 
     def __init__(self, table: Table, cut: int, fill: str) -> None:
         self._table = table
@@ -216,8 +219,8 @@ class RunStream:
         return not self._cuts
 
     @property
-    def clean(self) -> bool:
-        return not self._run and (self._fresh or not self._cuts)
+    def context(self) -> tuple[int, int] | None:
+        return None if self._run or (self._cuts and not self._fresh) else (0, 0)
 
     def push(self, token_id: int) -> str:
         entry = self._table[token_id]
@@ -273,7 +276,7 @@ def _first(decoder: Decoder | None, token: Callable[[int], str | None]) -> Detok
 
 
 class FirstStream:
-    clean = True
+    context = (0, 0)
 
     def __init__(self, first: Table, later: Table, started: bool) -> None:
         self._first = first
@@ -305,8 +308,8 @@ class WholeStream:
         self._ids: list[int] = []
 
     @property
-    def clean(self) -> bool:
-        return not self._ids
+    def context(self) -> tuple[int, int] | None:
+        return None
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)

@@ -127,31 +127,38 @@ class Postprocess:
         texts = [release.push(piece, final and index == len(ids)) for index, piece in enumerate(pieces[new:], new + 1)]
         text = "".join(texts) if texts else release.push("", final)
         released = sent + len(text)
-        drop, length = 0, 0
-        for kept, settled, started in marks:
-            if settled > released:
+        drop = dropped = 0
+        for mark in marks:
+            if mark.settled > released:
                 break
-            drop, length = kept, settled
-            flag = _STARTED if started and not self._detok.uniform else 0
-        return Delta(text, texts, drop, flag | (released - length), release.stopped)
+            drop, dropped = mark.ids, mark.settled - mark.again
+            flag = _STARTED if mark.started and not self._detok.uniform else 0
+        return Delta(text, texts, drop, flag | (released - dropped), release.stopped)
 
-    def _settle(self, ids: Sequence[int], started: bool, final: bool) -> tuple[list[str], list[tuple[int, int, bool]]]:
-        """The text that each id settles; and where the window may be cut: ids before, their characters,
-        started.
-        """
+    def _settle(self, ids: Sequence[int], started: bool, final: bool) -> tuple[list[str], list[_Mark]]:
+        """The text that each id settles, and where the window may be cut."""
         stream = self._detok.stream(started)
         pieces: list[str] = []
-        marks: list[tuple[int, int, bool]] = []
+        marks: list[_Mark] = []
         settled = 0
         for token_id in ids:
             piece = stream.push(token_id)
             pieces.append(piece)
             settled += len(piece)
-            if stream.clean:
-                marks.append((len(pieces), settled, stream.started))
+            if (context := stream.context) is not None:
+                marks.append(_Mark(len(pieces) - context[0], settled, context[1], stream.started))
         if final and pieces:
             pieces[-1] += stream.flush()
         return pieces, marks
+
+
+class _Mark(NamedTuple):
+    """The window may lose its first `ids` once `settled` characters are out, of which it shows `again` so many."""
+
+    ids: int
+    settled: int
+    again: int
+    started: bool
 
 
 class _Release:

@@ -94,9 +94,7 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _default(value: object) -> str | None:
-    """The template among a tokenizer_config's: one string, or a list of named ones of which `default` is for
-    chats.
-    """
+    """A tokenizer_config's template: one string, or a list of named ones, of which `default` is for chats."""
     if not isinstance(value, list):
         return value if isinstance(value, str) else None
     named = {str(item["name"]): str(item["template"]) for item in value}

@@ -205,7 +205,7 @@ def _value(tensor: Tensor, found: Any) -> Any:
 
 
 def _end_with_the_server() -> None:
-    """End this stub when its server has died: stubs linger after a `kill -9`, and their shared memory too (DESIGN §4)."""
+    """End this stub when its server has died: else it lingers after a `kill -9`, with its shared memory (DESIGN §4)."""
     server = os.getppid()
 
     def watch() -> None:

@@ -1,7 +1,5 @@
 """Chat templates: what transformers renders, we render; what a template may not do, it cannot."""
 
-
-
 import json
 from datetime import datetime
 

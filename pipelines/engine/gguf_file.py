@@ -1,7 +1,7 @@
 """A GGUF file's tensors, by name. The `gguf` package knows its blocks and names; this reads its header.
 
-gguf.GGUFReader makes several arrays of every entry of the vocabulary: 2.2 s for 49,000 tokens, and it is not the
-vocabulary that is wanted here. Knows no torch and no model.
+gguf.GGUFReader makes several arrays of every entry of the vocabulary: 2.2 s for 49,000 tokens, and it
+is not the vocabulary that is wanted here. Knows no torch and no model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GgufFile:
         return {name: f"{known_names.get_name(stem)}.{suffix}" for name, (stem, _, suffix) in stems.items()}
 
     def read(self, name: str, pool: Executor) -> Array:
-        """One tensor, dequantised to float32, in parts: numpy lets go of the lock, and a part stays in the cache."""
+        """One tensor, dequantised to float32 in parts that stay in the processor's cache, on several threads."""
         kind, shape, offset = self.tensors[name]
         block, size = GGML_QUANT_SIZES[kind]
         blocks, step = math.prod(shape) // block, max(1, _PART // block)

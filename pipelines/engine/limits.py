@@ -44,7 +44,7 @@ def _eos_ids(home: Path, config: dict[str, Any]) -> Iterator[int]:
 
 
 def _token_id(home: Path, settings: dict[str, Any], token: str) -> int | None:
-    """Where added tokens are listed; else the tokenizer is asked, which takes seconds for a large vocabulary."""
+    """Where added tokens are listed; else the tokenizer is asked, which takes seconds if it is large."""
     for number, added in settings.get("added_tokens_decoder", {}).items():
         if added.get("content") == token:
             return int(number)

@@ -82,8 +82,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values[target, :, :length] = self.values[source, :, :length]
 
     def clear(self) -> None:
-        del self.keys, self.values
-        self.is_initialized = False
+        if self.is_initialized:
+            del self.keys, self.values
+            self.is_initialized = False
 
     def _grown(self, old: Tensor, rows: int, length: int) -> Tensor:
         slots, capacity = self.now.capacity
@@ -111,9 +112,9 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Grow to this many slots of this length, keeping `rows` of `used` positions. It may lack memory."""
         have_slots, have_length = before = self.now.capacity
         if slots > have_slots:
-            have_slots = min(self._max_slots, max(slots, 2 * have_slots))
+            have_slots = max(slots, min(self._max_slots, 2 * have_slots))
         if length > have_length:
-            have_length = min(self._context, max(length, 2 * have_length, FIRST_LENGTH))
+            have_length = max(length, min(self._context, max(2 * have_length, FIRST_LENGTH)))
         if (have_slots, have_length) == before:
             return
         self.now.capacity = (have_slots, have_length)

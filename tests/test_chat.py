@@ -1,0 +1,241 @@
+"""The orchestration of many requests without Triton: what each listener hears, in every order of events."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from pipelines.chat import Chat, Event, Text, Window
+from pipelines.errors import StageError
+from pipelines.generate import Poll, Row
+
+
+class Script:
+    """Stages whose answers are scripted: ids are code points, so that the text of an id is its character."""
+
+    def __init__(self) -> None:
+        self.submitted: dict[str, list[int]] = {}
+        self.cancelled: list[str] = []
+        self.polls: list[Poll] = []
+        self.waits: list[float] = []
+        self.fail: dict[str, StageError] = {}
+        self.during_preprocess: Any = None
+
+    def preprocess(self, inputs: Mapping[str, str], sampling: str, traceparent: str | None) -> tuple[list[int], str]:
+        self._maybe_fail("preprocess")
+        if self.during_preprocess:
+            self.during_preprocess()
+        return [ord(char) for char in inputs["text"]], sampling
+
+    def submit(self, id: str, input_ids: Sequence[int], sampling: str, traceparent: str | None) -> None:
+        self._maybe_fail("submit")
+        self.submitted[id] = list(input_ids)
+
+    def poll(self, wait_s: float) -> Poll:
+        self.waits.append(wait_s)
+        return self.polls.pop(0) if self.polls else Poll([], {})
+
+    def cancel(self, id: str) -> None:
+        self.cancelled.append(id)
+
+    def postprocess(self, windows: list[Window]) -> list[Text]:
+        self._maybe_fail("postprocess")
+        return [Text(["".join(map(chr, window.ids))], len(window.ids), 0) for window in windows]
+
+    def trace_postprocess(self, *args: Any) -> None: ...
+
+    def _maybe_fail(self, stage: str) -> None:
+        if stage in self.fail:
+            raise self.fail[stage]
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.has_gone = False
+        self.waiting = False
+
+    def push(self, event: Event) -> None:
+        self.events.append(event)
+
+    def flush(self, counters: Mapping[str, int], *, now: float) -> bool:
+        return self.waiting
+
+    def gone(self) -> bool:
+        return self.has_gone
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def chat(script: Script) -> Chat:
+    return Chat(script)
+
+
+def begin(chat: Chat, sink: Listener, handle: str = "h", id: str = "a", text: str = "xyz") -> None:
+    chat.admit(handle, id, sink, None)
+    chat.start(handle, {"text": text}, "{}")
+
+
+def test_a_request_from_start_to_end(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    begin(chat, sink)
+    assert script.submitted == {"h": [120, 121, 122]}
+    assert sink.events == [Event("a", [], prompt_tokens=3)]  # accepted: headers may go out
+    script.polls = [Poll([Row("h", [72, 105])], {}), Poll([Row("h", [33], "stop", stages={"decode": 5.0})], {})]
+    chat.turn()
+    chat.turn()
+    first, last = sink.events[1:]
+    assert first == Event("a", ["Hi"])
+    assert (last.texts, last.finish_reason, last.prompt_tokens, last.completion_tokens) == (["!"], "stop", 3, 3)
+    assert list(last.stages) == ["preprocess", "decode", "postprocess"]
+    assert chat.idle
+
+
+def test_tokens_that_overtake_the_acceptance_carry_it(chat: Chat, script: Script) -> None:
+    """generate may answer a poll before the submit call has returned: prompt_tokens comes once, in the first event."""
+    sink = Listener()
+    chat.admit("h", "a", sink, None)
+    script.polls = [Poll([Row("h", [72])], {})]
+    submit = script.submit
+    script.submit = lambda *args: (submit(*args), chat.turn())[0]  # type: ignore[assignment,method-assign]
+    chat.start("h", {"text": "xyz"}, "{}")
+    assert sink.events == [Event("a", ["H"], prompt_tokens=3)]
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "submit"])
+def test_a_refusal_is_the_only_event(chat: Chat, script: Script, stage: str) -> None:
+    script.fail[stage] = StageError("no", code="context_length_exceeded", stage=stage)
+    sink = Listener()
+    begin(chat, sink)
+    assert [event.error for event in sink.events] == [script.fail[stage]]
+    assert chat.idle
+
+
+def test_a_failed_postprocess_fails_its_requests_and_stops_them(chat: Chat, script: Script) -> None:
+    sinks = {handle: Listener() for handle in "gh"}
+    for handle, sink in sinks.items():
+        begin(chat, sink, handle)
+    script.fail["postprocess"] = StageError("broken", code="internal", stage="postprocess")
+    script.polls = [Poll([Row("g", [72]), Row("h", [72], "length")], {})]
+    chat.turn()
+    assert [sink.events[-1].error for sink in sinks.values()] == [script.fail["postprocess"]] * 2
+    assert script.cancelled == ["g"]  # the other had finished
+    assert chat.idle
+
+
+def test_an_engine_error_names_generate(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    begin(chat, sink)
+    script.polls = [Poll([Row("h", [], "error", "out of memory")], {})]
+    chat.turn()
+    error = sink.events[-1].error
+    assert error is not None
+    assert (error.stage, error.message, sink.events[-1].finish_reason) == ("generate", "out of memory", "")
+
+
+def test_cancel_silences_and_stops(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    begin(chat, sink)
+    chat.cancel("h")
+    chat.cancel("h")
+    assert script.cancelled == ["h"]
+    script.polls = [Poll([Row("h", [72])], {}), Poll([Row("h", [], "cancelled")], {})]
+    chat.turn()
+    chat.turn()
+    assert sink.events == [Event("a", [], prompt_tokens=3)]
+    assert chat.idle
+
+
+def test_cancel_during_preprocess_is_not_lost(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    script.during_preprocess = lambda: chat.cancel("h")
+    begin(chat, sink)
+    assert script.cancelled[-1] == "h"
+    assert sink.events == []
+    assert chat.idle
+
+
+def test_cancel_before_the_start_submits_nothing(chat: Chat, script: Script) -> None:
+    chat.admit("h", "a", Listener(), None)
+    chat.cancel("h")
+    chat.start("h", {"text": "xyz"}, "{}")
+    assert script.submitted == {}
+
+
+def test_a_listener_that_has_gone_loses_its_requests_only(chat: Chat, script: Script) -> None:
+    lane, stream = Listener(), Listener()
+    chat.attach(lane)
+    begin(chat, lane, "lane/1")
+    begin(chat, stream, "stream-1")
+    lane.has_gone = True
+    assert chat.turn() == [lane]
+    assert script.cancelled == ["lane/1"]
+    assert not chat.idle
+
+
+def test_rows_of_a_predecessor_are_cancelled(chat: Chat, script: Script) -> None:
+    """A reloaded orchestrator finds requests it never made."""
+    script.polls = [Poll([Row("old", [1, 2])], {})]
+    chat.turn()
+    assert script.cancelled == ["old"]
+
+
+def test_a_handle_is_taken_once(chat: Chat) -> None:
+    chat.admit("h", "a", Listener(), None)
+    with pytest.raises(StageError, match="'a' is running already"):
+        chat.admit("h", "a", Listener(), None)
+
+
+def test_held_text_is_polled_for_soon(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    begin(chat, sink)
+    chat.turn()
+    sink.waiting = True
+    chat.turn()
+    chat.turn()
+    assert script.waits == [1.0, 1.0, 0.02]
+
+
+def test_any_order_of_events_tells_each_request_its_own_story(chat: Chat, script: Script) -> None:
+    """Random starts, tokens, cancels and ends: every listener hears all of its text, once, in order, then one end."""
+    for seed in range(200):
+        dice = random.Random(seed)
+        script, sink = Script(), Listener()
+        chat = Chat(script)
+        left = {f"h{number}": dice.randrange(1, 12) for number in range(6)}
+        told: dict[str, str] = {handle: "" for handle in left}
+        for handle in left:
+            begin(chat, sink, handle, id=handle)
+        cancelled = set()
+        while left:
+            if dice.random() < 0.1:
+                handle = dice.choice(sorted(left))
+                chat.cancel(handle)
+                cancelled.add(handle)
+                del left[handle]
+                continue
+            rows = []
+            for handle in dice.sample(sorted(left), dice.randrange(1, len(left) + 1)):
+                count = dice.randrange(0, left[handle] + 1)
+                left[handle] -= count
+                ids = [dice.randrange(97, 123) for _ in range(count)]
+                told[handle] += "".join(map(chr, ids))
+                reason = "" if left[handle] else "length"
+                rows.append(Row(handle, ids, reason))
+                if reason:
+                    del left[handle]
+            script.polls = [Poll(rows, {})]
+            chat.turn()
+        for handle in told:
+            events = [event for event in sink.events if event.id == handle]
+            assert "".join(text for event in events for text in event.texts) == told[handle]
+            assert [event.last for event in events[:-1]] == [False] * (len(events) - 1)
+            assert events[-1].last == (handle not in cancelled)
+        assert chat.idle
