@@ -39,6 +39,7 @@ PROMPT = " ".join(f"word {number}" for number in range(20))
 START_S = 300
 TOKENS = 100_000  # of all streams together in one measurement, as long as a stream gets no more than
 MOST_TOKENS = 50_000
+REQUESTS = 20  # in one measurement, at least: a first token is one sample a request
 CALLS = 4  # one after the other, of each of the ensemble's callers
 TIMEOUT_S = 120
 
@@ -96,7 +97,7 @@ def _declaration(name: str, event: str) -> str:
 
 
 async def http_streams(base: str, model: str, streams: int, tokens: int, *, usage: bool = False) -> Measured:
-    """`streams` at once, one request each. Counts tokens by `usage`, or else events, of which a token without
+    """`streams` at once, REQUESTS in all or more. Counts tokens by `usage`, or else events, of which a token without
     text (the chat template's markers, echoed) has none."""
     body: dict[str, Any] = {
         "model": model,
@@ -111,7 +112,7 @@ async def http_streams(base: str, model: str, streams: int, tokens: int, *, usag
         "/chat/completions",
         lambda number: body,
         concurrency=streams,
-        requests=streams,
+        requests=max(streams, REQUESTS),
         timeout=TIMEOUT_S,
     )
     _check(results)
@@ -166,7 +167,7 @@ async def compare(stack: Stack, streams: Sequence[int], rounds: int) -> dict[str
     try:
         for turn in range(-1, rounds):  # the first is a warm-up; every other is in reverse order
             for count in streams:
-                tokens = min(MOST_TOKENS, TOKENS // count)
+                tokens = min(MOST_TOKENS, TOKENS // max(count, REQUESTS))
                 series: dict[str, Callable[[], Awaitable[Measured]]] = {
                     "bare": partial(http_streams, stack.bare + "/v1", TOKEN, count, tokens),
                     "token": partial(http_streams, stack.gateway + "/v1", TOKEN, count, tokens),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pipelines.pipeline import DEFAULT
 
@@ -42,6 +42,24 @@ EVENTS = Tensor("events", "TYPE_STRING", (1,))  # JSON: one lane message
 
 # What a request asks of generate and of the orchestrator, in the request parameter of this name.
 OPERATION = "operation"
+
+
+class Asked(Protocol):
+    """A request to a model, decoded (`triton_io.Incoming`)."""
+
+    id: str
+    operation: str
+    parameters: dict[str, Any]
+    traceparent: str | None
+
+    def text(self, tensor: Tensor) -> str | None:
+        """A BYTES [1] input, or None if it was not sent."""
+
+    def ids(self, tensor: Tensor) -> list[int]:
+        """An INT64 [-1] input; empty if it was not sent."""
+
+    def refuse_images(self) -> None:
+        """Raises if the request brings one."""
 
 
 def optional(tensor: Tensor) -> Tensor:

@@ -210,6 +210,7 @@ class RunStream:
     def __init__(self, table: Table, cut: int, fill: str) -> None:
         self._table = table
         self._run = b""
+        self._ids = 0  # since the run's first
         self._cuts = cut  # how many of `fill` may still be cut from the start
         self._fill = fill
         self._fresh = True
@@ -220,10 +221,13 @@ class RunStream:
 
     @property
     def context(self) -> tuple[int, int] | None:
-        return None if self._run or (self._cuts and not self._fresh) else (0, 0)
+        if self._cuts and not self._fresh:
+            return None
+        return (self._ids, 0) if self._run else (0, 0)
 
     def push(self, token_id: int) -> str:
         entry = self._table[token_id]
+        self._ids = self._ids + 1 if self._run else 1
         if entry is None:
             return ""
         if isinstance(entry, bytes):

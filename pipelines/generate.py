@@ -21,9 +21,10 @@ from pipelines.engine import Engine, Output, Request
 from pipelines.errors import StageError
 from pipelines.sampling import Sampling
 
-# A poll carries at most this many tokens of one request; the rest waits for the next poll, a millisecond later.
-# It bounds a message (1,024 requests: 64 Ki tokens) when an engine outruns its reader by far.
-MAX_ROW_TOKENS = 64
+# What a poll carries at most, shared by its requests; the rest waits for the next poll, a millisecond later. It
+# bounds a message, and with it the time a request waits behind others, when an engine outruns its reader by far.
+MAX_POLL_TOKENS = 4096
+MIN_ROW_TOKENS = 16
 
 GAP_BINS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
@@ -256,9 +257,10 @@ class Generate:
         _, answer = self._poll
         self._poll = None
         works, self._mailbox = self._mailbox, {}
+        share = max(MIN_ROW_TOKENS, MAX_POLL_TOKENS // max(1, len(works)))
         rows, finished = [], []
         for id, work in works.items():
-            ids, work.output_ids = work.output_ids[:MAX_ROW_TOKENS], work.output_ids[MAX_ROW_TOKENS:]
+            ids, work.output_ids = work.output_ids[:share], work.output_ids[share:]
             if work.output_ids:
                 self._mailbox[id] = work
                 rows.append(Row(id, ids))

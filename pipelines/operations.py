@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from pipelines import contracts, wire
-from pipelines.contracts import Tensor, Values
+from pipelines.contracts import Asked, Tensor, Values
 from pipelines.engine import Engine
 from pipelines.engine.limits import read_limits
 from pipelines.errors import StageError
@@ -21,19 +21,6 @@ from pipelines.generate import Answer, Generate, Poll
 from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
-
-
-class Asked(Protocol):
-    """A decoded request (`triton_io.Incoming`)."""
-
-    id: str
-    operation: str
-    parameters: dict[str, Any]
-    traceparent: str | None
-
-    def text(self, tensor: Tensor) -> str | None: ...
-
-    def ids(self, tensor: Tensor) -> list[int]: ...
 
 
 def load(pipeline: Pipeline) -> Generate:

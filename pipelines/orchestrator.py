@@ -1,6 +1,6 @@
 """The orchestrator model: lanes and direct streams in, `pipelines.chat` behind, one thread that turns it.
 
-Knows no Triton: `call` is a unary call of another model, a request is an `Asked`.
+Knows no Triton: `call` is a unary call of another model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from observability import tracing
 from pipelines import contracts, wire
 from pipelines.chat import Chat, Text, Window
-from pipelines.contracts import Tensor, Values
+from pipelines.contracts import Asked, Tensor, Values
 from pipelines.errors import StageError
 from pipelines.generate import Poll
 from pipelines.pipeline import Pipeline
@@ -33,19 +33,6 @@ class Call(Protocol):
     def __call__(
         self, stage: str, values: Values, outputs: Sequence[Tensor], parameters: Mapping[str, str | int]
     ) -> dict[Tensor, Any]: ...
-
-
-class Asked(Protocol):
-    """A decoded request (`triton_io.Incoming`)."""
-
-    id: str
-    operation: str
-    parameters: dict[str, Any]
-    traceparent: str | None
-
-    def text(self, tensor: Tensor) -> str | None: ...
-
-    def refuse_images(self) -> None: ...
 
 
 class CalledStages:

@@ -119,7 +119,7 @@ class Postprocess:
     def _exact(
         self, ids: Sequence[int], sent: int, stop: Sequence[str], final: bool, per_token_from: int | None
     ) -> Delta:
-        pieces, marks = self._settle(ids, bool(sent & _STARTED), final)
+        pieces, marks = self._settle(ids, bool(sent & _STARTED), final, everywhere=bool(stop))
         flag, sent = sent & _STARTED, sent & ~_STARTED
         new = len(ids) if per_token_from is None else per_token_from
         release = _Release(stop, "".join(pieces[:new])[sent:])
@@ -135,8 +135,10 @@ class Postprocess:
             flag = _STARTED if mark.started and not self._detok.uniform else 0
         return Delta(text, texts, drop, flag | (released - dropped), release.stopped)
 
-    def _settle(self, ids: Sequence[int], started: bool, final: bool) -> tuple[list[str], list[_Mark]]:
-        """The text that each id settles, and where the window may be cut."""
+    def _settle(
+        self, ids: Sequence[int], started: bool, final: bool, everywhere: bool
+    ) -> tuple[list[str], list[_Mark]]:
+        """The text that each id settles, and where the window may be cut: everywhere, or in the last place only."""
         stream = self._detok.stream(started)
         pieces: list[str] = []
         marks: list[_Mark] = []
@@ -145,7 +147,7 @@ class Postprocess:
             piece = stream.push(token_id)
             pieces.append(piece)
             settled += len(piece)
-            if (context := stream.context) is not None:
+            if (everywhere or len(pieces) == len(ids)) and (context := stream.context) is not None:
                 marks.append(_Mark(len(pieces) - context[0], settled, context[1], stream.started))
         if final and pieces:
             pieces[-1] += stream.flush()

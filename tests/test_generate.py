@@ -12,7 +12,7 @@ from tests.product import wait_for
 from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.echo import EchoEngine
 from pipelines.errors import StageError
-from pipelines.generate import MAX_ROW_TOKENS, Answer, Generate, Poll
+from pipelines.generate import MAX_POLL_TOKENS, Answer, Generate, Poll
 from pipelines.sampling import Sampling
 
 LIMITS = Limits(context=100_000, eos_ids=frozenset({0}))
@@ -40,8 +40,9 @@ def collect(stage: Generate, *ids: str) -> dict[str, list[Any]]:
     """Poll until every id has finished: its tokens and its finish reason."""
     found: dict[str, list[Any]] = {id: [[], ""] for id in ids}
     while not all(reason for _, reason in found.values()):
-        for row in polled(stage).rows:
-            assert len(row.output_ids) <= MAX_ROW_TOKENS
+        poll = polled(stage)
+        assert sum(len(row.output_ids) for row in poll.rows) <= MAX_POLL_TOKENS
+        for row in poll.rows:
             found[row.id][0] += row.output_ids
             found[row.id][1] = row.finish_reason
     return found

@@ -15,7 +15,7 @@ from pipelines.postprocess import Delta, Postprocess, find_stop, possible_stop
 
 NAMES = ("smollm2", "gemma3", "straddling", "llama", "indented", "metaspace", "wordpiece", "plain", "bpe", "ctc")
 BYTE_LEVELS = ("smollm2", "straddling")
-EXAMPLES = settings(max_examples=40, deadline=None)
+EXAMPLES = settings(max_examples=400, deadline=None)
 
 LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -89,6 +89,7 @@ def subject(request):
     added = list(tokens)
     size = tokenizer.get_vocab_size()
     odd = added[:12] + added[-2:] + [size, size + 99]
+    odd += range(2, 2 + len(PIECES)) if request.param in SYNTHETIC else []
     alphabet = BYTES if tokenizer.token_to_id("<0x00>") is not None else [chr(code) for code in range(0x21, 0x144)]
     odd += [token for char in alphabet if (token := tokenizer.token_to_id(char)) is not None]
     return Subject(request.param, tokenizer, Postprocess.of(tokenizer), odd, special)
@@ -370,6 +371,14 @@ def test_llama_strips_one_space_from_the_answer_and_none_later(llama):
     deltas, windows = stream(stage, ids, end=False)
     assert [delta.text for delta in deltas] == ["", "Hello", " wor", "", "ld", " Hello"]
     assert windows == [[]] * 6
+
+
+def test_up_to_three_spaces_are_stripped_over_tokens():
+    tokenizer = SYNTHETIC["indented"]()
+    ids = [[tokenizer.token_to_id(token)] for token in ("▁", "▁▁", "▁", "▁Hello")]
+    deltas, windows = stream(Postprocess.of(tokenizer), ids, end=False)
+    assert [delta.text for delta in deltas] == ["", "", " ", " Hello"]
+    assert [len(window) for window in windows] == [1, 0, 0, 0]
 
 
 def test_a_run_of_bytes_is_certain_only_when_it_ends(llama):
