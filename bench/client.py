@@ -98,9 +98,7 @@ class Client:
             result.error = None  # the server closed a connection that it had kept: not this request's failure
         loop = asyncio.get_running_loop()
         endpoint = self._endpoint
-        _, connection = await loop.create_connection(
-            _Connection, endpoint.host, endpoint.port, ssl=endpoint.ssl
-        )
+        _, connection = await loop.create_connection(_Connection, endpoint.host, endpoint.port, ssl=endpoint.ssl)
         self._connection = connection
         await connection.exchange(request, result, leave_after)
 

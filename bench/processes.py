@@ -123,9 +123,7 @@ def shared_memory(pids: Sequence[int]) -> int:
     """Bytes in /dev/shm of the files these processes have mapped: other servers may use the folder too."""
     files = set()
     for pid in pids:
-        for match in re.finditer(
-            r"^\S+ \S+ \S+ \S+ \S+ +(/dev/shm/\S+)$", _read(_PROC / str(pid) / "maps"), re.M
-        ):
+        for match in re.finditer(r"^\S+ \S+ \S+ \S+ \S+ +(/dev/shm/\S+)$", _read(_PROC / str(pid) / "maps"), re.M):
             files.add(match[1])
     total = 0
     for file in files:

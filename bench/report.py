@@ -34,9 +34,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = []
     for row in cells:
-        first, *rest = (
-            cell.ljust(widths[0]) if not i else cell.rjust(widths[i]) for i, cell in enumerate(row)
-        )
+        first, *rest = (cell.ljust(widths[0]) if not i else cell.rjust(widths[i]) for i, cell in enumerate(row))
         lines.append("  ".join([first, *rest]).rstrip())
     return "\n".join(lines)
 

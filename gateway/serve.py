@@ -11,10 +11,11 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import tritonclient.grpc
 import uvicorn
+import uvloop
 
 from gateway.app import create_app
 from gateway.lane import Lanes
@@ -46,7 +47,7 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     try:
         triton.start()
         _wait(triton, [model for pipeline in pipelines for model in model_names(pipeline)])
-        return asyncio.run(_gateway(settings, pipelines, triton))
+        return uvloop.run(_gateway(settings, pipelines, triton))
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave a server behind
@@ -99,6 +100,14 @@ def _wait(triton: Triton, models: list[str]) -> None:
     client.close()
 
 
+class _Server(uvicorn.Server):
+    """uvicorn raises the signal that ended it again when it has drained; here the exit code says how it went."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Triton) -> int:
     lanes = Lanes(settings.triton_grpc, {pipeline.name: pipeline for pipeline in pipelines})
 
@@ -111,13 +120,15 @@ async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Tr
         create_app(lanes, settings, lifespan),
         host=settings.host,
         port=settings.port,
-        loop="uvloop",
         http="httptools",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
     watcher = asyncio.create_task(_announce(server, settings, pipelines, lanes, triton))
     try:
         await server.serve()

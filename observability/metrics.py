@@ -77,18 +77,14 @@ OUTPUT_TOKENS = Counter("triptych_output_tokens", "Tokens sent to clients.", ["p
 IN_FLIGHT = Gauge(
     "triptych_requests_in_flight", "Requests admitted and not yet answered.", ["pipeline"], registry=REGISTRY
 )
-QUEUED = Gauge(
-    "triptych_requests_queued", "Requests waiting to be admitted.", ["pipeline"], registry=REGISTRY
-)
+QUEUED = Gauge("triptych_requests_queued", "Requests waiting to be admitted.", ["pipeline"], registry=REGISTRY)
 ABORTED = Counter(
     "triptych_requests_aborted",
     "Requests that ended before their answer did, by reason.",
     ["pipeline", "reason"],
     registry=REGISTRY,
 )
-LANE_MESSAGES = Counter(
-    "triptych_lane_messages", "Messages received on lanes.", ["pipeline"], registry=REGISTRY
-)
+LANE_MESSAGES = Counter("triptych_lane_messages", "Messages received on lanes.", ["pipeline"], registry=REGISTRY)
 PIPELINE_READY = Gauge(
     "triptych_pipeline_ready", "1 when the pipeline can answer, else 0.", ["pipeline"], registry=REGISTRY
 )
@@ -140,9 +136,7 @@ class _Spans(Collector):
     """What became of this process's spans: an incomplete trace has its cause here."""
 
     def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "triptych_spans", "Spans of this process, by outcome.", labels=["outcome"]
-        )
+        family = CounterMetricFamily("triptych_spans", "Spans of this process, by outcome.", labels=["outcome"])
         for outcome, count in tracing.stats().items():
             family.add_metric([outcome], count)
         yield family

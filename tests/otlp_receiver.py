@@ -182,9 +182,7 @@ def build_tree(
     by_id: dict[str, ReceivedSpan] = {}
     for span in spans:
         if span.span_id in by_id:
-            raise BrokenTrace(
-                f"two spans have the id {span.span_id}: {by_id[span.span_id].name}, {span.name}"
-            )
+            raise BrokenTrace(f"two spans have the id {span.span_id}: {by_id[span.span_id].name}, {span.name}")
         if span.end_ns < span.start_ns:
             raise BrokenTrace(f"{span.name} ends before it starts")
         by_id[span.span_id] = span
@@ -207,9 +205,7 @@ def build_tree(
         for child in span.children:
             early, late = span.start_ns - child.start_ns, child.end_ns - span.end_ns
             if max(early, late) > tolerance_ns:
-                raise BrokenTrace(
-                    f"{child.name} is outside {span.name} by {max(early, late) / 1e6:.2f} ms in\n{root}"
-                )
+                raise BrokenTrace(f"{child.name} is outside {span.name} by {max(early, late) / 1e6:.2f} ms in\n{root}")
     return root
 
 

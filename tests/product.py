@@ -57,7 +57,9 @@ class Product:
         return {pid: command_of(pid) for pid in descendants(self.pid)}
 
     def stub(self, model: str) -> int:
-        return next(pid for pid, command in self.family().items() if "stub" in command and f"/{model}/1/" in command)
+        return next(
+            pid for pid, command in self.family().items() if "backend_stub " in command and f"/{model}/1/" in command
+        )
 
     def triton(self) -> int:
         return next(pid for pid, command in self.family().items() if "bin/tritonserver" in command)

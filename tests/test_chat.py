@@ -210,7 +210,7 @@ def test_any_order_of_events_tells_each_request_its_own_story(chat: Chat, script
         script, sink = Script(), Listener()
         chat = Chat(script)
         left = {f"h{number}": dice.randrange(1, 12) for number in range(6)}
-        told: dict[str, str] = {handle: "" for handle in left}
+        told: dict[str, str] = dict.fromkeys(left, "")
         for handle in left:
             begin(chat, sink, handle, id=handle)
         cancelled = set()

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.product import wait_for
 
 from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.echo import EchoEngine
 from pipelines.errors import StageError
 from pipelines.generate import MAX_POLL_TOKENS, Answer, Generate, Poll
 from pipelines.sampling import Sampling
+from tests.product import wait_for
 
 LIMITS = Limits(context=100_000, eos_ids=frozenset({0}))
 

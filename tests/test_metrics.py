@@ -66,10 +66,6 @@ def test_the_process_and_its_spans_are_there():
 def test_every_metric_has_help():
     body, content_type = metrics.render()
     assert content_type.startswith("text/plain")
-    helps = {
-        line.split(" ", 3)[2]: line.split(" ", 3)[3:]
-        for line in body.decode().splitlines()
-        if "# HELP" in line
-    }
+    helps = {line.split(" ", 3)[2]: line.split(" ", 3)[3:] for line in body.decode().splitlines() if "# HELP" in line}
     assert helps
     assert all(text and text[0].strip() for text in helps.values())

@@ -15,7 +15,7 @@ from pipelines.postprocess import Delta, Postprocess, find_stop, possible_stop
 
 NAMES = ("smollm2", "gemma3", "straddling", "llama", "indented", "metaspace", "wordpiece", "plain", "bpe", "ctc")
 BYTE_LEVELS = ("smollm2", "straddling")
-EXAMPLES = settings(max_examples=400, deadline=None)
+EXAMPLES = settings(max_examples=40, deadline=None)
 
 LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

