@@ -86,7 +86,7 @@ class Sink(Protocol):
         """Whether nobody listens any more. A round trip to the server: not for every turn."""
 
 
-HEARTBEAT_S = 1.0  # an idle poll answers after this; a lane has a message at least this often
+HEARTBEAT_S = 0.5  # an idle poll answers after this; a lane has a message at least this often
 COALESCE_S = 0.02  # a per-request stream's events wait this long for company
 _GONE_EVERY_S = 0.1
 
@@ -162,14 +162,15 @@ class Chat:
             with self._lock:
                 self._live.pop(handle, None)
             live.sink.push(Event(live.id, [], error=error))
+            live.sink.flush({}, now=time.monotonic())
         else:
             with self._lock:  # generate may have answered already, and `turn` announced it
                 announce, live.announced = not live.announced, True
             if live.cancelled:
                 self._stages.cancel(handle)
             elif announce:
+                # It goes with the first token, or with the next heartbeat: not worth a message of its own.
                 live.sink.push(Event(live.id, [], prompt_tokens=live.prompt_tokens))
-        live.sink.flush({}, now=time.monotonic())
 
     def cancel(self, handle: str) -> None:
         """Stop a request; nothing more is sent of it."""

@@ -105,8 +105,8 @@ class Orchestrator:
             lane = self._lanes.get(listener)
             if lane is None:
                 raise StageError(f"no lane is open for listener {listener!r}", code="unavailable")
-            reply.end()  # its events come on the lane
             self._start(f"{listener}/{asked.id}", asked, lane)
+            reply.end()  # its events come on the lane
         elif asked.operation == "cancel":
             reply.end()
             self._submitters.submit(self._chat.cancel, f"{listener}/{asked.parameters.get('id')}")
