@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import venv
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
