@@ -96,10 +96,12 @@ class Lane:
         self._numbers = 0
         self._messages = 0
         self._closing = False
+        self._suspended = False
+        self._connection: asyncio.Task[str] | None = None
 
     @property
     def ready(self) -> bool:
-        return bool(self._heard) and time.monotonic() - self._heard < SILENT_S
+        return not self._suspended and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
 
     async def submit(self, submission: Submission) -> LaneStream:
         if not self.ready:
@@ -113,20 +115,30 @@ class Lane:
         return stream
 
     async def run(self) -> None:
-        """Until closed: connect, read, and connect again when the lane has died."""
+        """Until closed: connect, and connect again when the lane has died."""
         while not self._closing:
+            self._connection = asyncio.create_task(self._connect(), name=f"connection of {self.pipeline.name}")
             try:
-                await self._connect()
-                reason = "the lane was closed"
-            except (grpc.RpcError, asyncio.TimeoutError, _LaneError) as error:
-                reason = error.details() or str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else str(error)
-            except asyncio.CancelledError:
-                self._lose("the gateway is shutting down")
-                raise
+                await asyncio.wait([self._connection])
+            finally:
+                self._connection.cancel()
+            reason = "suspended" if self._connection.cancelled() else self._connection.result()
             if self._heard and not self._closing:
                 log.warning("lane of %s lost: %s", self.pipeline.name, reason)
-            self._lose(reason)
+            self._lose(StageError(f"pipeline '{self.pipeline.name}' was lost: {reason}", code="unavailable"))
             await asyncio.sleep(0 if self._closing else _RECONNECT_S)
+            while self._suspended and not self._closing:
+                await asyncio.sleep(0.05)
+
+    def suspend(self, error: StageError) -> None:
+        """A stage has died: whoever waits is told, and nothing is sent until `resume`."""
+        self._suspended = True
+        self._lose(error)
+        if self._connection:
+            self._connection.cancel()
+
+    def resume(self) -> None:
+        self._suspended = False
 
     async def close(self) -> None:
         """Let the orchestrator finish the lane: Triton waits for open requests when it stops."""
@@ -134,7 +146,8 @@ class Lane:
         self._send("", {"listener": self._listener, contracts.OPERATION: "close"})
         self._out.put_nowait(None)
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> str:
+        """Open the lane and read it to its end; answers why it ended."""
         self._out, self._messages = asyncio.Queue(), 0
         self._open()
         call = self._stub.ModelStreamInfer(self._requests(self._out))
@@ -142,10 +155,14 @@ class Lane:
             while True:
                 response = await asyncio.wait_for(call.read(), SILENT_S)
                 if response is grpc.aio.EOF:
-                    return
+                    return "the lane was closed"
                 self._take(response)
         except asyncio.TimeoutError:
-            raise _LaneError(f"no heartbeat for {SILENT_S:g} s") from None
+            return f"no heartbeat for {SILENT_S:g} s"
+        except grpc.aio.AioRpcError as error:
+            return error.details() or str(error.code())
+        except _LaneError as error:
+            return str(error)
         finally:
             call.cancel()
 
@@ -198,12 +215,12 @@ class Lane:
         if stream:
             stream.push(event)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, error: StageError) -> None:
         """The lane has died: whoever waits on it is told."""
         self._heard = 0.0
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(StageError(f"pipeline '{self.pipeline.name}' was lost: {reason}", code="unavailable"))
+            stream.fail(error)
 
 
 class _LaneError(Exception):
@@ -242,6 +259,12 @@ class Lanes:
 
     def ready(self, pipeline: str) -> bool:
         return pipeline in self._lanes and self._lanes[pipeline].ready
+
+    def suspend(self, pipeline: str, error: StageError) -> None:
+        self._lanes[pipeline].suspend(error)
+
+    def resume(self, pipeline: str) -> None:
+        self._lanes[pipeline].resume()
 
     async def submit(self, submission: Submission) -> LaneStream:
         return await self._lanes[submission.pipeline].submit(submission)

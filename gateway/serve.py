@@ -20,6 +20,7 @@ import uvloop
 from gateway.app import create_app
 from gateway.lane import Lanes
 from gateway.settings import Settings
+from gateway.supervisor import Supervisor
 from gateway.triton import Triton, TritonError, port_is_free
 from observability import logs, tracing
 from pipelines.contracts import MODELS, model_name
@@ -114,7 +115,10 @@ async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Tr
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         async with lanes:
+            supervisor = asyncio.create_task(Supervisor(triton, lanes, pipelines).run(), name="supervisor")
             yield
+            supervisor.cancel()  # stubs that end from here on are meant to
+            await asyncio.wait([supervisor])
 
     config = uvicorn.Config(
         create_app(lanes, settings, lifespan),

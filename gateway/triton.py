@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.pipeline import cache_dir
@@ -31,6 +32,21 @@ _EXIT_S = 5  # how long the server waits for requests in flight
 
 class TritonError(RuntimeError):
     """Triton could not be started; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Stub:
+    """The process of one model. Whoever gets it closes the descriptor."""
+
+    pid: int
+    model: str
+    region: str  # of shared memory
+    descriptor: int  # becomes readable when the process ends (pidfd_open)
+
+    def remove_shm(self) -> None:
+        """For a stub that died: nobody else removes what it leaves."""
+        with contextlib.suppress(OSError):
+            (_SHM / self.region).unlink()
 
 
 class Triton:
@@ -111,6 +127,17 @@ class Triton:
                 waiting.remove(model)
                 tell(model)
             time.sleep(0.05)
+
+    def stubs(self) -> list[Stub]:
+        """Those that run now. The backend starts one as: stub MODEL.py REGION … NAME_GROUP_INSTANCE …"""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, IndexError):
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if words[2].startswith(self._shm):
+                    descriptor = os.pidfd_open(int(process.name))
+                    found.append(Stub(int(process.name), Path(words[1]).parent.parent.name, words[2], descriptor))
+        return found
 
     def stop(self) -> None:
         if self._process and self.running():

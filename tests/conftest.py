@@ -68,8 +68,8 @@ def product(tmp_path_factory: pytest.TempPathFactory, catalog: Path, otlp: Recei
 
 @pytest.fixture
 def own_product(tmp_path: Path, catalog: Path) -> Iterator[Product]:
-    """An echo of one's own, to break."""
-    product = Product(tmp_path, "echo-slow", env={"TRIPTYCH_CATALOG": str(catalog)})
+    """A pipeline of one's own to break, and one beside it that shall not notice."""
+    product = Product(tmp_path, "echo-slow", "echo-small", env={"TRIPTYCH_CATALOG": str(catalog)})
     try:
         yield product.wait_ready()
     finally:

@@ -23,7 +23,7 @@ SLOW = {"model": "echo-slow", "prompt": "a b c", "max_tokens": 4000, "stream": T
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_everything(own_product: Product, number: int) -> None:
     family = own_product.family()
-    assert sum("backend_stub " in command for command in family.values()) == 4
+    assert sum("backend_stub " in command for command in family.values()) == 8
     assert own_product.shm()
     own_product.stop(number)
     wait_for(lambda: not any(alive(pid) for pid in family), 10)
@@ -77,6 +77,44 @@ def test_triton_killed_mid_stream_is_an_error_event_and_no_done(own_product: Pro
     assert "tritonserver has stopped" in own_product.log_text()
     wait_for(lambda: not any(alive(pid) for pid in family), 20)
     assert own_product.shm() == []
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "generate", "postprocess", "orchestrator"])
+def test_a_stage_that_is_killed_is_replaced(own_product: Product, stage: str) -> None:
+    """Its streams get an error event and no [DONE], other pipelines do not notice, and it comes back by itself."""
+    shm = len(own_product.shm())
+    beside: list[str] = []
+    other = {"model": "echo-small", "prompt": "a b c", "max_tokens": 3}
+
+    def ask_the_other() -> None:
+        for _ in range(20):
+            beside.append(httpx.post(f"{own_product.url}/v1/completions", json=other, timeout=30).text)
+
+    thread = threading.Thread(target=ask_the_other)
+    lines: list[str] = []
+    with httpx.Client() as http:
+        with http.stream("POST", f"{own_product.url}/v1/completions", json=SLOW, timeout=30) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) == 4:
+                    os.kill(own_product.stub(f"echo-slow-{stage}"), signal.SIGKILL)
+                    thread.start()
+    data = [line for line in lines if line.startswith("data: ")]
+    failure = json.loads(data[-1][6:])["error"]
+    assert (failure["code"], failure["stage"]) == ("unavailable", stage)
+    assert not any("[DONE]" in line for line in lines)
+    status, health = own_product.get("/health/ready")
+    assert (status, health["not_ready"]) == (503, ["echo-slow"])
+    refused = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW, "stream": False}, timeout=30)
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+
+    wait_for(lambda: own_product.get("/health/ready")[0] == 200, 60)
+    again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW, "stream": False, "max_tokens": 4}, timeout=30)
+    assert again.json()["usage"]["completion_tokens"] == 4
+    thread.join()
+    assert len({json.loads(text)["choices"][0]["text"] for text in beside}) == 1
+    wait_for(lambda: len(own_product.shm()) == shm, 10)
+    assert sum("backend_stub " in command for command in own_product.family().values()) == 8
 
 
 def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:

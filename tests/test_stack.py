@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import tritonclient.grpc as triton_grpc
 
 from tests.product import Product, bytes_input, wait_for
 
@@ -130,6 +132,34 @@ def test_ensemble_errors_name_the_stage(product: Product) -> None:
     assert '"stage": "preprocess"' in str(error.value)
     with pytest.raises(Exception, match=r"exactly one|one of"):
         product.infer("echo-ensemble", {"prompt": "x", "text": "y"})
+
+
+@pytest.mark.parametrize("model", ["echo-ensemble", "echo-orchestrator"])
+def test_an_image_is_refused_by_name(product: Product, model: str) -> None:
+    """The input is reserved; a pipeline that reads text only never drops it."""
+    image = triton_grpc.InferInput("image", [3], "UINT8")
+    image.set_data_from_numpy(np.zeros(3, dtype=np.uint8))
+    tensors = [bytes_input("prompt", "What is this?"), image]
+    client = product.client()
+    try:
+        if model == "echo-ensemble":
+            with pytest.raises(triton_grpc.InferenceServerException, match="'image' is not supported"):
+                client.infer(model, tensors, client_timeout=20)
+        else:
+            answers: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: answers.put(error))
+            client.async_stream_infer(model, tensors)
+            assert "'image' is not supported" in str(answers.get(timeout=20))
+            client.stop_stream()
+    finally:
+        client.close()
+
+
+def test_a_refusal_on_a_direct_stream_is_an_error(product: Product) -> None:
+    call = OrchestratorCall(product, "echo-orchestrator", {"prompt": "x", "sampling": '{"top_k": 3}'})
+    with pytest.raises(triton_grpc.InferenceServerException, match="Unsupported parameter: 'top_k'"):
+        call.deltas()
+    call.close()
 
 
 def test_ensemble_by_curl(product: Product) -> None:

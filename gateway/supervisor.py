@@ -1,0 +1,124 @@
+"""Watches the stubs of a running Triton, and brings back a pipeline whose stub has died.
+
+Triton itself goes on calling such a model ready, and what was in flight there never returns (DESIGN §4): so its
+requests are failed here, at once, and its models are loaded anew. Knows no HTTP and nothing of what the stages do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from gateway.lane import Lanes
+from gateway.triton import Stub, Triton
+from pipelines.contracts import MODELS, model_name
+from pipelines.errors import StageError
+from pipelines.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+_LOAD_S = 300.0
+_BACKOFF_S = (1, 2, 4, 8, 15, 30)
+
+
+class Supervisor:
+    """`run` until cancelled."""
+
+    def __init__(self, triton: Triton, lanes: Lanes, pipelines: Iterable[Pipeline]) -> None:
+        self._triton = triton
+        self._lanes = lanes
+        self._owners = {
+            model_name(pipeline.name, model): (pipeline.name, model)
+            for pipeline in pipelines
+            for model, spec in MODELS.items()
+            if not spec.steps
+        }
+        self._watched: dict[str, Stub] = {}
+        self._repairs: dict[str, asyncio.Task[None]] = {}
+        self._broken: dict[str, set[str]] = {}  # by pipeline, the models to bring back
+        self._control: Any = None
+
+    async def run(self) -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self._triton.grpc_port}") as channel:
+            self._control = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            try:
+                self._watch()
+                await asyncio.Event().wait()
+            finally:
+                for stub in self._watched.values():
+                    self._forget(stub)
+                for repair in self._repairs.values():
+                    repair.cancel()
+
+    def _watch(self) -> None:
+        """A descriptor of each stub's process becomes readable when it ends: no polling, no reused pid."""
+        for stub in self._triton.stubs():
+            if stub.model in self._owners and stub.model not in self._watched:
+                self._watched[stub.model] = stub
+                asyncio.get_running_loop().add_reader(stub.descriptor, self._died, stub)
+            else:
+                os.close(stub.descriptor)
+
+    def _forget(self, stub: Stub) -> None:
+        asyncio.get_running_loop().remove_reader(stub.descriptor)
+        os.close(stub.descriptor)
+
+    def _died(self, stub: Stub) -> None:
+        self._forget(stub)
+        del self._watched[stub.model]
+        stub.remove_shm()
+        if not self._triton.running():
+            return  # the whole server went: not ours to mend
+        pipeline, stage = self._owners[stub.model]
+        log.error(
+            "stage %s of %s died (pid %d)", stage, pipeline, stub.pid, extra={"pipeline": pipeline, "stage": stage}
+        )
+        error = StageError(
+            f"The {stage} stage of '{pipeline}' died; it is being replaced.", code="unavailable", stage=stage
+        )
+        self._lanes.suspend(pipeline, error)
+        # The orchestrator's call in flight to the dead stage never returns, and its poller's thread with it.
+        self._broken.setdefault(pipeline, set()).update({stage, "orchestrator"})
+        if pipeline not in self._repairs:
+            self._repairs[pipeline] = asyncio.create_task(self._repair(pipeline), name=f"repair {pipeline}")
+
+    async def _repair(self, pipeline: str) -> None:
+        """Until everything broken is loaded anew; more may break meanwhile."""
+        for attempt in range(1_000_000):
+            models = sorted(self._broken[pipeline], key=list(MODELS).index)  # the orchestrator last
+            try:
+                await self._reload(pipeline, models)
+            except (grpc.RpcError, StageError) as error:
+                delay = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
+                details = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                log.error("%s could not be repaired, again in %d s: %s", pipeline, delay, details)
+                await asyncio.sleep(delay)
+                continue
+            self._watch()
+            self._broken[pipeline] -= {model for model in models if model_name(pipeline, model) in self._watched}
+            if not self._broken[pipeline]:
+                break
+        del self._repairs[pipeline]
+        self._lanes.resume(pipeline)
+        log.info("%s is whole again", pipeline)
+
+    async def _reload(self, pipeline: str, models: list[str]) -> None:
+        for model in models:
+            if stub := self._watched.get(model_name(pipeline, model)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stub.pid, signal.SIGKILL)  # `_died` then adds nothing that is not here
+        for model in models:
+            request = service_pb2.RepositoryModelUnloadRequest(model_name=model_name(pipeline, model))
+            await self._control.RepositoryModelUnload(request, timeout=30)
+        for model in models:
+            # What is in flight on the dead stub pins the old copy for ever; loading beside it works (DESIGN §4).
+            request = service_pb2.RepositoryModelLoadRequest(model_name=model_name(pipeline, model))
+            await self._control.RepositoryModelLoad(request, timeout=_LOAD_S)
