@@ -31,6 +31,12 @@ SILENT_S = 5.0  # a lane without a message for so long is dead; a heartbeat come
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
 _MAX_MESSAGE = 64 * 1024 * 1024
+# gRPC's own wait between attempts grows to two minutes; a restarted Triton is back in seconds.
+RECONNECT = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 
 
 class LaneStream:
@@ -238,7 +244,11 @@ class Lanes:
         self._channel: Any = None
 
     async def __aenter__(self) -> Lanes:
-        options = [("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.max_send_message_length", _MAX_MESSAGE)]
+        options = [
+            ("grpc.max_receive_message_length", _MAX_MESSAGE),
+            ("grpc.max_send_message_length", _MAX_MESSAGE),
+            *RECONNECT,
+        ]
         self._channel = grpc.aio.insecure_channel(self._target, options=options)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._lanes = {name: Lane(pipeline, stub) for name, pipeline in self._pipelines.items()}

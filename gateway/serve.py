@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-import tritonclient.grpc
 import uvicorn
 import uvloop
 
@@ -47,17 +46,14 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         triton.start()
-        _wait(triton, [model for pipeline in pipelines for model in model_names(pipeline)])
+        print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
+        triton.wait_ready(LOAD_S, lambda model: print(f"  {model} is ready", file=sys.stderr))
         return uvloop.run(_gateway(settings, pipelines, triton))
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave a server behind
         triton.stop()
         tracing.shutdown()
-
-
-def model_names(pipeline: Pipeline) -> list[str]:
-    return [model_name(pipeline.name, model) for model in MODELS]
 
 
 def _exit(number: int, frame: object) -> None:
@@ -83,22 +79,11 @@ def _triton(settings: Settings, pipelines: Sequence[Pipeline]) -> Triton:
             repositories.append(repository)
     port = int(settings.triton_grpc.rpartition(":")[2])
     # Loading an ensemble loads its members; the orchestrator comes after them, since it calls them.
-    models = [model_name(pipeline.name, model) for model in ("ensemble", "orchestrator") for pipeline in pipelines]
-    return Triton(repositories, models, grpc_port=port, log_file=cache_dir() / "logs" / f"triton-{port}.log")
-
-
-def _wait(triton: Triton, models: list[str]) -> None:
-    client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{triton.grpc_port}")
-
-    def ready(model: str) -> bool:
-        try:
-            return bool(client.is_model_ready(model))
-        except tritonclient.grpc.InferenceServerException:
-            return False  # not listening yet
-
-    print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
-    triton.wait_ready(models, ready, LOAD_S, lambda model: print(f"  {model} is ready", file=sys.stderr))
-    client.close()
+    load = [model_name(pipeline.name, model) for model in ("ensemble", "orchestrator") for pipeline in pipelines]
+    models = [model_name(pipeline.name, model) for model in MODELS for pipeline in pipelines]
+    log_file = cache_dir() / "logs" / f"triton-{port}.log"
+    log_file.unlink(missing_ok=True)
+    return Triton(repositories, load, models, grpc_port=port, log_file=log_file)
 
 
 class _Server(uvicorn.Server):
@@ -133,25 +118,19 @@ async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Tr
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.handle_exit, number, None)
-    watcher = asyncio.create_task(_announce(server, settings, pipelines, lanes, triton))
+    greeter = asyncio.create_task(_greet(server, settings, pipelines, lanes))
     try:
         await server.serve()
     finally:
-        watcher.cancel()
-    return 0 if triton.running() else 1
+        greeter.cancel()
+    return 0
 
 
-async def _announce(
-    server: uvicorn.Server, settings: Settings, pipelines: Sequence[Pipeline], lanes: Lanes, triton: Triton
-) -> None:
-    """Say so once everything answers; then watch Triton, without which there is nothing to serve."""
+async def _greet(server: uvicorn.Server, settings: Settings, pipelines: Sequence[Pipeline], lanes: Lanes) -> None:
+    """Say so once everything answers."""
     while not (server.started and all(lanes.ready(pipeline.name) for pipeline in pipelines)):
         await asyncio.sleep(0.05)
     print(_greeting(settings, pipelines[0].name), flush=True)
-    while triton.running():
-        await asyncio.sleep(0.5)
-    log.error("tritonserver has stopped; its log: %s", triton.log_file)
-    server.should_exit = True
 
 
 def _greeting(settings: Settings, pipeline: str) -> str:

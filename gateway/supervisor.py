@@ -1,24 +1,25 @@
-"""Watches the stubs of a running Triton, and brings back a pipeline whose stub has died.
+"""Watches Triton and its stubs, and brings back what has died: a stage's process, or the whole server.
 
-Triton itself goes on calling such a model ready, and what was in flight there never returns (DESIGN §4): so its
-requests are failed here, at once, and its models are loaded anew. Knows no HTTP and nothing of what the stages do.
+Triton goes on calling a model whose stub is dead ready, and what was in flight there never returns (DESIGN §4): so
+its requests are failed here, at once, and its models are loaded anew. Knows no HTTP and nothing of what stages do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from gateway.lane import Lanes
-from gateway.triton import Stub, Triton
+from gateway.lane import RECONNECT, Lanes
+from gateway.triton import Stub, Triton, TritonError
 from pipelines.contracts import MODELS, model_name
 from pipelines.errors import StageError
 from pipelines.pipeline import Pipeline
@@ -32,9 +33,10 @@ _BACKOFF_S = (1, 2, 4, 8, 15, 30)
 class Supervisor:
     """`run` until cancelled."""
 
-    def __init__(self, triton: Triton, lanes: Lanes, pipelines: Iterable[Pipeline]) -> None:
+    def __init__(self, triton: Triton, lanes: Lanes, pipelines: Sequence[Pipeline]) -> None:
         self._triton = triton
         self._lanes = lanes
+        self._pipelines = [pipeline.name for pipeline in pipelines]
         self._owners = {
             model_name(pipeline.name, model): (pipeline.name, model)
             for pipeline in pipelines
@@ -47,16 +49,35 @@ class Supervisor:
         self._control: Any = None
 
     async def run(self) -> None:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self._triton.grpc_port}") as channel:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self._triton.grpc_port}", RECONNECT) as channel:
             self._control = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             try:
-                self._watch()
-                await asyncio.Event().wait()
+                while True:
+                    self._watch()
+                    await _ended(self._triton.pid)
+                    await self._restart()
             finally:
-                for stub in self._watched.values():
-                    self._forget(stub)
-                for repair in self._repairs.values():
-                    repair.cancel()
+                self._forget_all()
+
+    async def _restart(self) -> None:
+        """Triton has died, and every pipeline with it."""
+        log.error("tritonserver died; its log: %s", self._triton.log_file)
+        for pipeline in self._pipelines:
+            self._lanes.suspend(pipeline, StageError("Triton died; it is being restarted.", code="unavailable"))
+        self._forget_all()
+        for delay in itertools.chain(_BACKOFF_S, itertools.repeat(_BACKOFF_S[-1])):
+            self._triton.clean_up()
+            try:
+                self._triton.start()  # in this thread, the main one: the server is told to die with it
+                await asyncio.to_thread(self._triton.wait_ready, _LOAD_S, lambda model: None)
+                break
+            except TritonError as error:
+                log.error("Triton could not be restarted, again in %d s: %s", delay, error)
+                await asyncio.sleep(delay)
+                await asyncio.to_thread(self._triton.stop)
+        for pipeline in self._pipelines:
+            self._lanes.resume(pipeline)
+        log.info("Triton is back")
 
     def _watch(self) -> None:
         """A descriptor of each stub's process becomes readable when it ends: no polling, no reused pid."""
@@ -66,6 +87,14 @@ class Supervisor:
                 asyncio.get_running_loop().add_reader(stub.descriptor, self._died, stub)
             else:
                 os.close(stub.descriptor)
+
+    def _forget_all(self) -> None:
+        for repair in self._repairs.values():
+            repair.cancel()
+        for stub in self._watched.values():
+            self._forget(stub)
+        for state in (self._repairs, self._watched, self._broken):
+            state.clear()
 
     def _forget(self, stub: Stub) -> None:
         asyncio.get_running_loop().remove_reader(stub.descriptor)
@@ -92,7 +121,7 @@ class Supervisor:
 
     async def _repair(self, pipeline: str) -> None:
         """Until everything broken is loaded anew; more may break meanwhile."""
-        for attempt in range(1_000_000):
+        for attempt in itertools.count():
             models = sorted(self._broken[pipeline], key=list(MODELS).index)  # the orchestrator last
             try:
                 await self._reload(pipeline, models)
@@ -122,3 +151,16 @@ class Supervisor:
             # What is in flight on the dead stub pins the old copy for ever; loading beside it works (DESIGN §4).
             request = service_pb2.RepositoryModelLoadRequest(model_name=model_name(pipeline, model))
             await self._control.RepositoryModelLoad(request, timeout=_LOAD_S)
+
+
+async def _ended(pid: int) -> None:
+    """Until this process ends."""
+    descriptor = os.pidfd_open(pid)
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

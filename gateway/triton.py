@@ -7,7 +7,6 @@ beyond the names of its models.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -21,12 +20,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import tritonclient.grpc
 
 from pipelines.pipeline import cache_dir
 
 _SHM = Path("/dev/shm")
 _SHM_PREFIX = "triptych-"
-_PR_SET_PDEATHSIG = 1
+# Dies with its parent. Set by the child itself before it becomes the server: a preexec_fn is not safe beside threads.
+_START = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 _EXIT_S = 5  # how long the server waits for requests in flight
 
 
@@ -50,13 +58,25 @@ class Stub:
 
 
 class Triton:
-    """`start`, then `wait_ready`, then `stop` (always)."""
+    """`start`, then `wait_ready`, then `stop` (always). After it has died: `clean_up`, and `start` again.
 
-    def __init__(self, repositories: Sequence[Path], models: Sequence[str], *, grpc_port: int, log_file: Path) -> None:
+    `load` are the models it is told to load, `models` all that are there when it has: an ensemble brings its members.
+    """
+
+    def __init__(
+        self,
+        repositories: Sequence[Path],
+        load: Sequence[str],
+        models: Sequence[str],
+        *,
+        grpc_port: int,
+        log_file: Path,
+    ) -> None:
         self.grpc_port = grpc_port
         self.http_port, self.metrics_port = grpc_port - 1, grpc_port + 1
         self.log_file = log_file
         self._repositories = repositories
+        self._load = load
         self._models = models
         self._process: subprocess.Popen[bytes] | None = None
         self._shm = f"{_SHM_PREFIX}{os.getpid()}-{grpc_port}-"
@@ -69,27 +89,21 @@ class Triton:
                 )
         remove_stale_shm()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        libc = ctypes.CDLL(None)
-
-        def die_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-        with self.log_file.open("wb") as log:
+        with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(),
+                [sys.executable, "-S", "-c", _START, str(os.getpid()), *self._command()],
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to act on: first the lanes close, then Triton
-                preexec_fn=die_with_parent,
             )
 
     def _command(self) -> list[str]:
         command = [str(server_home() / "bin" / "tritonserver")]
         command += [f"--model-repository={folder}" for folder in self._repositories]
         command += [f"--backend-directory={backend_directory()}", "--model-control-mode=explicit"]
-        command += [f"--load-model={model}" for model in self._models]
+        command += [f"--load-model={model}" for model in self._load]
         for service, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             command += [f"--{service}-address=127.0.0.1", f"--{service}-port={port}"]
         command += ["--strict-readiness=false", f"--exit-timeout-secs={_EXIT_S}"]
@@ -110,23 +124,23 @@ class Triton:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def wait_ready(
-        self, models: Sequence[str], ready: Callable[[str], bool], timeout_s: float, tell: Callable[[str], None]
-    ) -> None:
-        """Until every one of `models` answers `ready`; `tell` hears of each as it comes."""
-        waiting = list(models)
+    def wait_ready(self, timeout_s: float, tell: Callable[[str], None]) -> None:
+        """Until every model is ready; `tell` hears of each as it comes. May run in a thread."""
+        client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{self.grpc_port}")
+        waiting = list(self._models)
         deadline = time.monotonic() + timeout_s
-        while waiting:
-            if not self.running():
-                raise TritonError(
-                    f"tritonserver stopped while loading: {self._last_error()} (all of it: {self.log_file})"
-                )
-            if time.monotonic() > deadline:
-                raise TritonError(f"{', '.join(waiting)} not ready after {timeout_s:g} s (see {self.log_file})")
-            for model in [model for model in waiting if ready(model)]:
-                waiting.remove(model)
-                tell(model)
-            time.sleep(0.05)
+        try:
+            while waiting:
+                if not self.running():
+                    raise TritonError(f"tritonserver stopped while loading: {self._last_error()} ({self.log_file})")
+                if time.monotonic() > deadline:
+                    raise TritonError(f"{', '.join(waiting)} not ready after {timeout_s:g} s (see {self.log_file})")
+                for model in [model for model in waiting if _is_ready(client, model)]:
+                    waiting.remove(model)
+                    tell(model)
+                time.sleep(0.05)
+        finally:
+            client.close()
 
     def stubs(self) -> list[Stub]:
         """Those that run now. The backend starts one as: stub MODEL.py REGION … NAME_GROUP_INSTANCE …"""
@@ -147,6 +161,10 @@ class Triton:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """What a server leaves that did not end well."""
         self._end_stubs()
         for segment in _SHM.glob(f"{self._shm}*"):
             with contextlib.suppress(OSError):
@@ -167,6 +185,13 @@ class Triton:
             if errors
             else f"exit code {self._process.returncode if self._process else '?'}"
         )
+
+
+def _is_ready(client: Any, model: str) -> bool:
+    try:
+        return bool(client.is_model_ready(model, client_timeout=10))
+    except tritonclient.grpc.InferenceServerException:
+        return False  # not listening yet
 
 
 def server_home() -> Path:

@@ -61,8 +61,9 @@ def test_a_request_in_flight_is_finished_on_sigterm(own_product: Product) -> Non
     assert answers[0].json()["usage"]["completion_tokens"] == 60
 
 
-def test_triton_killed_mid_stream_is_an_error_event_and_no_done(own_product: Product) -> None:
-    family = own_product.family()
+def test_triton_killed_mid_stream_is_restarted(own_product: Product) -> None:
+    """Its streams get an error event and no [DONE], 503 meanwhile, and then everything is as before."""
+    family, shm = own_product.family(), len(own_product.shm())
     lines: list[str] = []
     with httpx.Client() as http:
         with http.stream("POST", f"{own_product.url}/v1/completions", json=SLOW, timeout=30) as response:
@@ -73,9 +74,16 @@ def test_triton_killed_mid_stream_is_an_error_event_and_no_done(own_product: Pro
     data = [line for line in lines if line.startswith("data: ")]
     assert json.loads(data[-1][6:])["error"]["code"] == "unavailable"
     assert not any("[DONE]" in line for line in lines)
-    assert own_product.process.wait(timeout=60) == 1  # without Triton there is nothing to serve
-    assert "tritonserver has stopped" in own_product.log_text()
-    wait_for(lambda: not any(alive(pid) for pid in family), 20)
+    assert own_product.get("/health/ready")[0] == 503
+    refused = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW, "stream": False}, timeout=30)
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+
+    wait_for(lambda: own_product.get("/health/ready")[0] == 200, 90)
+    again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW, "stream": False, "max_tokens": 4}, timeout=30)
+    assert again.json()["usage"]["completion_tokens"] == 4
+    assert not any(alive(pid) for pid in family)
+    assert len(own_product.shm()) == shm
+    assert own_product.stop() == 0
     assert own_product.shm() == []
 
 

