@@ -42,9 +42,10 @@ RECONNECT = [
 class LaneStream:
     """One request's deltas, as they come from its lane (`gateway.backend.Stream`)."""
 
-    def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
+    def __init__(self, id: str, cancel: Callable[[str], None], accept_timeout_s: float) -> None:
         self.id = id
         self._cancel = cancel
+        self._accept_timeout_s: float | None = accept_timeout_s
         self._deltas: deque[Delta] = deque()
         self._error: StageError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -56,7 +57,16 @@ class LaneStream:
             if self._error:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await asyncio.wait_for(self._waiter, self._accept_timeout_s)
+            except asyncio.TimeoutError:
+                raise StageError(
+                    f"The request was not taken within {self._accept_timeout_s:g} s.",
+                    code="timeout",
+                    stage="preprocess",
+                ) from None
+        # From here on silence is legitimate (a queue, a long prefill); heartbeats say that the pipeline lives.
+        self._accept_timeout_s = None
         delta = self._deltas.popleft()
         while self._deltas:
             later = self._deltas.popleft()
@@ -91,8 +101,9 @@ class LaneStream:
 class Lane:
     """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
 
-    def __init__(self, pipeline: Pipeline, stub: Any) -> None:
+    def __init__(self, pipeline: Pipeline, stub: Any, accept_timeout_s: float) -> None:
         self.pipeline = pipeline
+        self._accept_timeout_s = accept_timeout_s
         self._stub = stub
         self._model = contracts.model_name(pipeline.name, "orchestrator")
         self._listener = f"gateway-{os.getpid()}-{os.urandom(4).hex()}"
@@ -112,7 +123,7 @@ class Lane:
     async def submit(self, submission: Submission) -> LaneStream:
         if not self.ready:
             raise StageError(f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable")
-        stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel)
+        stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel, self._accept_timeout_s)
         parameters = {"listener": self._listener, contracts.OPERATION: "submit"}
         if submission.traceparent:
             parameters["traceparent"] = submission.traceparent
@@ -236,8 +247,9 @@ class _LaneError(Exception):
 class Lanes:
     """The lanes of all pipelines served, on one channel (`gateway.backend.Backend`)."""
 
-    def __init__(self, target: str, pipelines: Mapping[str, Pipeline]) -> None:
+    def __init__(self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float) -> None:
         self._target = target
+        self._accept_timeout_s = accept_timeout_s
         self._pipelines = dict(pipelines)
         self._lanes: dict[str, Lane] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -251,7 +263,7 @@ class Lanes:
         ]
         self._channel = grpc.aio.insecure_channel(self._target, options=options)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._lanes = {name: Lane(pipeline, stub) for name, pipeline in self._pipelines.items()}
+        self._lanes = {name: Lane(pipeline, stub, self._accept_timeout_s) for name, pipeline in self._pipelines.items()}
         self._tasks = [asyncio.create_task(lane.run(), name=f"lane {name}") for name, lane in self._lanes.items()]
         return self
 

@@ -95,7 +95,8 @@ class _Server(uvicorn.Server):
 
 
 async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Triton) -> int:
-    lanes = Lanes(settings.triton_grpc, {pipeline.name: pipeline for pipeline in pipelines})
+    served = {pipeline.name: pipeline for pipeline in pipelines}
+    lanes = Lanes(settings.triton_grpc, served, accept_timeout_s=settings.accept_timeout_s)
 
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:

@@ -26,6 +26,7 @@ class Settings:
     max_body_bytes: int = 1024 * 1024
     max_concurrency: int = 512  # requests with the pipelines at once
     max_queue: int = 1024  # requests that wait for their turn; one more is refused
+    accept_timeout_s: int = 30  # for a pipeline to take a request: preprocess, which takes milliseconds
 
     def __post_init__(self) -> None:
         self._check("host", bool(self.host), "an address to listen on")
@@ -34,6 +35,7 @@ class Settings:
         self._check("triton_grpc", bool(name) and port.isdecimal(), "HOST:PORT")
         self._check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         self._check("max_concurrency", self.max_concurrency >= 1, "1 or more")
+        self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
 
     def _check(self, key: str, good: bool, wanted: str) -> None:

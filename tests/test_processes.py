@@ -142,6 +142,20 @@ def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:
         os.kill(stub, signal.SIGCONT)
 
 
+def test_a_preprocess_that_hangs_is_a_timeout(own_product: Product) -> None:
+    """It has no heartbeat of its own: the request that it does not take is a 504 that names it."""
+    stub = own_product.stub("echo-slow-preprocess")
+    os.kill(stub, signal.SIGSTOP)
+    try:
+        body = {**SLOW, "stream": False, "max_tokens": 3}
+        late = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
+        assert (late.status_code, late.json()["error"]["stage"]) == (504, "preprocess")
+    finally:
+        os.kill(stub, signal.SIGCONT)
+    again = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
+    assert again.json()["usage"]["completion_tokens"] == 3
+
+
 def test_a_port_in_use_is_one_sentence(own_product: Product) -> None:
     command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(own_product.port), "--pipeline", "echo"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
