@@ -24,7 +24,7 @@ from gateway.triton import Triton, TritonError, port_is_free
 from observability import logs, tracing
 from pipelines.contracts import MODELS, model_name
 from pipelines.pipeline import Pipeline, cache_dir
-from pipelines.repository import CHECKED_IN, render, repository_of
+from pipelines.repository import prepare
 from pipelines.sources import is_pulled
 
 log = logging.getLogger(__name__)
@@ -70,14 +70,9 @@ def _pull(pipeline: Pipeline) -> None:
 
 
 def _triton(settings: Settings, pipelines: Sequence[Pipeline]) -> Triton:
-    repositories = []
-    for pipeline in pipelines:
-        repository = repository_of(pipeline.name)
-        if repository != CHECKED_IN:
-            render(pipeline.name, repository)
-        if repository not in repositories:
-            repositories.append(repository)
     port = int(settings.triton_grpc.rpartition(":")[2])
+    folder = cache_dir() / "model_repository" / str(port)  # of this server alone: another may serve others
+    repositories = prepare([pipeline.name for pipeline in pipelines], folder)
     # Loading an ensemble loads its members; the orchestrator comes after them, since it calls them.
     load = [model_name(pipeline.name, model) for model in ("ensemble", "orchestrator") for pipeline in pipelines]
     models = [model_name(pipeline.name, model) for model in MODELS for pipeline in pipelines]

@@ -5,17 +5,26 @@ python -m pipelines.repository        writes model_repository/*/config.pbtxt ane
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.contracts import MODELS, config_pbtxt, model_name
-from pipelines.pipeline import DEFAULT, cache_dir
+from pipelines.pipeline import DEFAULT
 
 CHECKED_IN = Path(__file__).parent.parent / "model_repository"
 
 
-def repository_of(pipeline: str) -> Path:
-    """Where a pipeline's models are: the checked-in repository, or a rendered one."""
-    return CHECKED_IN if pipeline == DEFAULT else cache_dir() / "model_repository"
+def prepare(pipelines: Sequence[str], folder: Path) -> list[Path]:
+    """The repositories that serve these: the checked-in one, and `folder` with the others rendered and nothing else."""
+    rendered = [pipeline for pipeline in pipelines if pipeline != DEFAULT]
+    keep = {model_name(pipeline, model) for pipeline in rendered for model in MODELS}
+    for model in folder.iterdir() if folder.exists() else ():
+        if model.name not in keep:
+            shutil.rmtree(model)
+    for pipeline in rendered:
+        render(pipeline, folder)
+    return ([CHECKED_IN] if len(rendered) < len(pipelines) else []) + ([folder] if rendered else [])
 
 
 def render(pipeline: str, into: Path) -> None:

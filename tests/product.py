@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton_grpc
 
+from pipelines.pipeline import cache_dir
+
 START_S = 180
 
 
@@ -31,7 +33,11 @@ class Product:
         command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
         command += ["--triton-grpc-port", str(self.grpc_port)]
         command += [word for name in pipelines for word in ("--pipeline", name)]
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "TRIPTYCH_M"))}
+        cache = folder / f"cache-{self.port}"  # its logs and rendered models are its own; the weights are shared
+        cache.mkdir()
+        (cache / "weights").symlink_to(cache_dir() / "weights")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "TRIPTYCH_"))}
+        clean["TRIPTYCH_CACHE"] = str(cache)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**clean, **(env or {})})
 

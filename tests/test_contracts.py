@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.contracts import MODELS, config_pbtxt, model_name
 from pipelines.pipeline import DEFAULT
-from pipelines.repository import CHECKED_IN, render
+from pipelines.repository import CHECKED_IN, prepare, render
 
 SCRIPTED = [model for model, spec in MODELS.items() if not spec.steps]
 
@@ -33,6 +33,13 @@ def test_other_pipelines_are_rendered_from_the_same_models(tmp_path: Path) -> No
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     render("other", tmp_path)  # Triton reloads what has a newer mtime
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_repository_holds_what_is_served_and_nothing_else(tmp_path: Path) -> None:
+    assert prepare([DEFAULT], tmp_path / "none") == [CHECKED_IN]
+    assert prepare(["one", "two"], tmp_path) == [tmp_path]
+    assert prepare([DEFAULT, "two"], tmp_path) == [CHECKED_IN, tmp_path]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"two-{model}" for model in MODELS)
 
 
 @pytest.mark.parametrize("model", SCRIPTED)
