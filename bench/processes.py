@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -86,11 +87,15 @@ def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s:
 
 
 def free_ports(together: int = 1) -> int:
-    """The first of so many free ports in a row on loopback."""
-    for _ in range(100):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            first: int = probe.getsockname()[1]
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+    """The first of so many free ports in a row on loopback.
+
+    None of those the kernel gives to outgoing connections: a client that tries and tries to reach a server that is
+    away would in the end be given the very port it calls, connect to itself, and keep the server from coming back.
+    """
+    lowest = int((_PROC / "sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(1000):
+        first = random.randrange(lowest // 2, lowest - together)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + together):
                 stack.enter_context(socket.create_server(("127.0.0.1", port)))
             return first

@@ -85,10 +85,13 @@ class Sink(Protocol):
     def gone(self) -> bool:
         """Whether nobody listens any more. A round trip to the server: not for every turn."""
 
+    def end(self) -> None:
+        """Nothing more comes. The server keeps a request, gone or not, until it is told."""
+
 
 HEARTBEAT_S = 0.5  # an idle poll answers after this; a lane has a message at least this often
 COALESCE_S = 0.02  # a per-request stream's events wait this long for company
-_GONE_EVERY_S = 0.1
+_GONE_EVERY_S = 0.25
 
 
 @dataclass
@@ -264,4 +267,5 @@ class Chat:
         gone = [sink for sink in sinks if sink.gone()]
         for sink in gone:
             self.detach(sink)
+            sink.end()
         return gone

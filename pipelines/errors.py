@@ -27,7 +27,7 @@ class StageError(Exception):
 
     @classmethod
     def from_text(cls, text: str, *, stage: str) -> StageError:
-        """The error behind a Triton error string; a string that is none of ours is an internal error of `stage`."""
+        """The error behind a Triton error string; one that is none of ours is `stage`'s own failure."""
         start = text.find('{"message"')
         if start >= 0:
             try:
@@ -37,4 +37,6 @@ class StageError(Exception):
                 )
             except (ValueError, KeyError, TypeError):
                 pass
-        return cls(f"stage {stage} failed: {text}", code="internal", stage=stage)
+        # What Triton says of a stub that is dead, or does not answer it within a second or so.
+        code = "unavailable" if "is not healthy" in text else "internal"
+        return cls(f"stage {stage} failed: {text}", code=code, stage=stage)

@@ -89,6 +89,9 @@ class Stream:
     def gone(self) -> bool:
         return self._reply.gone()
 
+    def end(self) -> None:
+        self._reply.end()
+
     def _send(self, finish_reason: str) -> None:
         values: Values = {contracts.GENERATED_TEXT: self._text, contracts.FINISH_REASON: finish_reason}
         self._text = ""

@@ -26,11 +26,10 @@ from pipelines.contracts import Tensor, Values
 from pipelines.errors import StageError
 from pipelines.orchestrator import Orchestrator
 from pipelines.pipeline import Pipeline, get_pipeline
+from pipelines.sender import Sender
 from pipelines.sources import pull
 
 log = logging.getLogger(__name__)
-
-_FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 Answer = Callable[[Values | StageError], None]
 
@@ -116,12 +115,12 @@ def respond_streaming(run: Callable[[Incoming, DecoupledReply], None], requests:
 class DecoupledReply:
     """The responses of one request, sent from any thread (`pipelines.sinks.Reply`)."""
 
-    def __init__(self, sender: Any, stage: str) -> None:
-        self._sender = sender
+    def __init__(self, raw: Any, stage: str) -> None:
+        self._sender = Sender(raw)
         self._stage = stage
 
     def send(self, values: Values, *, final: bool = False) -> None:
-        self._send(_response(lambda _: values, None, self._stage), flags=_FINAL if final else 0)
+        self._send(_response(lambda _: values, None, self._stage), final)
 
     def answer(self, values: Values | StageError) -> None:
         """The one response of a default-mode model."""
@@ -131,24 +130,21 @@ class DecoupledReply:
             self.send(values, final=True)
 
     def fail(self, error: StageError) -> None:
-        self._send(pb.InferenceResponse([], error=pb.TritonError(error.to_json())), flags=_FINAL)
+        self._send(pb.InferenceResponse([], error=pb.TritonError(error.to_json())), final=True)
 
     def end(self) -> None:
-        self._send(None, flags=_FINAL)
+        self._send(None, final=True)
 
     def gone(self) -> bool:
         try:
-            return bool(self._sender.is_cancelled())
+            return self._sender.is_cancelled()
         except Exception:
             return True
 
-    def _send(self, response: Any, flags: int) -> None:
+    def _send(self, response: Any, final: bool) -> None:
         try:
-            if response is None:
-                self._sender.send(flags=flags)
-            else:
-                self._sender.send(response, flags=flags)
-        except Exception as error:  # the client has gone, or the response is complete: nobody is left to be told
+            self._sender.send(response, final=final)
+        except Exception as error:  # the client has gone: nobody is left to be told
             log.debug("response not sent: %s", error)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton_grpc
 
+from bench.processes import free_ports
 from pipelines.pipeline import cache_dir
 
 START_S = 180
@@ -33,7 +33,9 @@ class Product:
         command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
         command += ["--triton-grpc-port", str(self.grpc_port)]
         command += [word for name in pipelines for word in ("--pipeline", name)]
-        cache = folder / f"cache-{self.port}"  # its logs and rendered models are its own; the weights are shared
+        self.cache = cache = (
+            folder / f"cache-{self.port}"
+        )  # its logs and rendered models are its own; the weights are shared
         cache.mkdir()
         (cache / "weights").symlink_to(cache_dir() / "weights")
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "TRIPTYCH_"))}
@@ -52,6 +54,9 @@ class Product:
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def triton_log(self) -> str:
+        return (self.cache / "logs" / f"triton-{self.grpc_port}.log").read_text(errors="replace")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
@@ -111,23 +116,12 @@ def bytes_input(name: str, text: str) -> Any:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)
 
 
 def free_triple() -> int:
-    """A port whose neighbours are free too: Triton's HTTP, gRPC and metrics."""
-    while True:
-        port = free_port()
-        try:
-            for neighbour in (port - 1, port + 1):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", neighbour))
-            return port
-        except (OSError, OverflowError):
-            continue
+    """The middle one of three: Triton's HTTP, gRPC and metrics."""
+    return free_ports(3) + 1
 
 
 def wait_for(condition: Any, timeout: float, what: str = "") -> float:

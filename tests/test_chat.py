@@ -57,6 +57,7 @@ class Listener:
         self.events: list[Event] = []
         self.has_gone = False
         self.waiting = False
+        self.ended = False
 
     def push(self, event: Event) -> None:
         self.events.append(event)
@@ -66,6 +67,9 @@ class Listener:
 
     def gone(self) -> bool:
         return self.has_gone
+
+    def end(self) -> None:
+        self.ended = True
 
 
 @pytest.fixture
@@ -177,6 +181,7 @@ def test_a_listener_that_has_gone_loses_its_requests_only(chat: Chat, script: Sc
     lane.has_gone = True
     assert chat.turn() == [lane]
     assert script.cancelled == ["lane/1"]
+    assert (lane.ended, stream.ended) == (True, False)
     assert not chat.idle
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from gateway.triton import environment, remove_stale_shm
 from pipelines.repository import CHECKED_IN
+from tests.orchestrator_call import OrchestratorCall
 from tests.product import Product, alive, free_triple, wait_for
 
 SLOW = {"model": "echo-slow", "prompt": "a b c", "max_tokens": 4000, "stream": True}
@@ -142,18 +143,33 @@ def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:
         os.kill(stub, signal.SIGCONT)
 
 
-def test_a_preprocess_that_hangs_is_a_timeout(own_product: Product) -> None:
-    """It has no heartbeat of its own: the request that it does not take is a 504 that names it."""
+def test_a_preprocess_that_hangs_is_unavailable(own_product: Product) -> None:
+    """Triton notices a stub that does not answer; the request is refused by the stage's name, and nothing waits."""
     stub = own_product.stub("echo-slow-preprocess")
     os.kill(stub, signal.SIGSTOP)
     try:
         body = {**SLOW, "stream": False, "max_tokens": 3}
-        late = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
-        assert (late.status_code, late.json()["error"]["stage"]) == (504, "preprocess")
+        refused = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
+        assert (refused.status_code, refused.json()["error"]["stage"]) == (503, "preprocess")
     finally:
         os.kill(stub, signal.SIGCONT)
     again = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
     assert again.json()["usage"]["completion_tokens"] == 3
+
+
+def test_a_cancelled_stream_leaves_no_request_behind(own_product: Product) -> None:
+    """The server keeps a request until its final response: at its end there must be none, and no wait for one."""
+    before = own_product.counters("echo-slow-generate")
+    calls = [
+        OrchestratorCall(own_product, "echo-slow-orchestrator", {"text": "a b c", "sampling": '{"max_tokens": 5000}'})
+        for _ in range(5)
+    ]
+    for call in calls:
+        call.responses.get(timeout=30)
+        call.close()
+    wait_for(lambda: own_product.counters("echo-slow-generate")["cancelled"] == before["cancelled"] + 5, 10)
+    assert own_product.stop() == 0
+    assert "Found 0 model versions that have in-flight inferences" in own_product.triton_log()
 
 
 def test_a_port_in_use_is_one_sentence(own_product: Product) -> None:

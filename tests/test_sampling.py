@@ -73,7 +73,12 @@ def test_an_error_survives_a_string() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["Stub process is not healthy", '{"message": 3', '{"message": "x"}'])
+@pytest.mark.parametrize("text", ["Tensor is missing", '{"message": 3', '{"message": "x"}'])
 def test_a_foreign_error_is_internal_to_its_stage(text: str) -> None:
     error = StageError.from_text(text, stage="generate")
     assert (error.code, error.stage) == ("internal", "generate")
+
+
+def test_an_unhealthy_stub_is_unavailable() -> None:
+    text = "Stub process 'echo-preprocess_0_0' is not healthy."
+    assert StageError.from_text(text, stage="preprocess").code == "unavailable"

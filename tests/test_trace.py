@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.orchestrator_call import OrchestratorCall
 from tests.otlp_receiver import ReceivedSpan, Receiver
 from tests.product import Product
-from tests.test_stack import OrchestratorCall, ask
+from tests.test_stack import ask
 
 STAGES = {"preprocess", "render", "tokenize", "generate", "queue", "prefill", "decode", "postprocess"}
 

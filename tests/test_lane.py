@@ -1,0 +1,76 @@
+"""A stream's deltas as its lane brings them: merged, failed, cancelled, and never waited for without end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gateway.backend import Delta
+from gateway.lane import LaneStream
+from pipelines.chat import Event
+from pipelines.errors import StageError
+
+
+def run(scenario: Any) -> list[str]:
+    """The scenario with a stream; answers what was cancelled."""
+    cancelled: list[str] = []
+
+    async def main() -> None:
+        await scenario(LaneStream("a", cancelled.append, accept_timeout_s=0.05))
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    return cancelled
+
+
+def test_what_came_meanwhile_is_one_delta() -> None:
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", [], prompt_tokens=3))
+        stream.push(Event("a", ["x"]))
+        stream.push(Event("a", ["y", "z"], "stop", 3, 4, {"decode": 1.0}))
+        assert await stream.next() == Delta(["x", "y", "z"], "stop", 3, 4, {"decode": 1.0})
+        stream.cancel()
+
+    assert run(scenario) == []  # it had ended
+
+
+def test_a_request_that_is_not_taken_is_a_timeout() -> None:
+    async def scenario(stream: LaneStream) -> None:
+        with pytest.raises(StageError) as error:
+            await stream.next()
+        assert (error.value.code, error.value.stage) == ("timeout", "preprocess")
+        stream.cancel()
+
+    assert run(scenario) == ["a"]
+
+
+def test_once_taken_silence_is_legitimate() -> None:
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", [], prompt_tokens=3))
+        assert (await stream.next()).prompt_tokens == 3
+        asyncio.get_running_loop().call_later(0.3, stream.push, Event("a", ["x"], "length", 3, 1))
+        assert (await stream.next()).texts == ["x"]
+
+    assert run(scenario) == []
+
+
+def test_a_failure_comes_after_what_was_said() -> None:
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", ["x"], prompt_tokens=3))
+        stream.push(Event("a", [], error=StageError("gone", code="unavailable", stage="generate")))
+        assert (await stream.next()).texts == ["x"]
+        with pytest.raises(StageError, match="gone"):
+            await stream.next()
+        stream.cancel()
+        stream.cancel()
+
+    assert run(scenario) == []
+
+
+def test_cancel_is_said_once() -> None:
+    async def scenario(stream: LaneStream) -> None:
+        stream.cancel()
+        stream.cancel()
+
+    assert run(scenario) == ["a"]
