@@ -143,16 +143,14 @@ def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:
         os.kill(stub, signal.SIGCONT)
 
 
-def test_a_preprocess_that_hangs_is_unavailable(own_product: Product) -> None:
-    """Triton notices a stub that does not answer; the request is refused by the stage's name, and nothing waits."""
-    stub = own_product.stub("echo-slow-preprocess")
-    os.kill(stub, signal.SIGSTOP)
-    try:
-        body = {**SLOW, "stream": False, "max_tokens": 3}
-        refused = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
-        assert (refused.status_code, refused.json()["error"]["stage"]) == (503, "preprocess")
-    finally:
-        os.kill(stub, signal.SIGCONT)
+def test_a_preprocess_that_hangs_is_replaced(own_product: Product) -> None:
+    """Triton ends a stub that does not answer; the request is refused by the stage's name, and nothing waits."""
+    os.kill(own_product.stub("echo-slow-preprocess"), signal.SIGSTOP)
+    body = {**SLOW, "stream": False, "max_tokens": 3}
+    refused = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
+    assert (refused.status_code, refused.json()["error"]["stage"]) == (503, "preprocess")
+    wait_for(lambda: own_product.get("/health/ready")[0] == 503, 30)
+    wait_for(lambda: own_product.get("/health/ready")[0] == 200, 60)
     again = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)
     assert again.json()["usage"]["completion_tokens"] == 3
 
