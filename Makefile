@@ -1,8 +1,9 @@
 # Two commands do all the set-up: `make serve` and `make test`. Everything they install goes into .venv.
 
-# Triton's stubs exist for Python 3.10 to 3.13; numpy 1.x, which they need, has wheels up to 3.12.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; do \
-	"$$p" -c 'import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# Triton's stubs exist for Python 3.10 to 3.13. Their numpy, 1.26, has wheels up to 3.12: on 3.13 it is compiled.
+PYTHON ?= $(shell for newest in 12 13; do for p in python3 python3.12 python3.11 python3.10 python3.13; do \
+	"$$p" -c "import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, $$newest))" 2>/dev/null && echo $$p && exit; \
+	done; done)
 VENV ?= .venv
 PORT ?= 8080
 GRPC_PORT ?= 8001
