@@ -36,6 +36,7 @@ DRAIN_S = 20
 def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     """Until SIGINT or SIGTERM; answers the exit code."""
     logs.configure()
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it tells at the start, `_greeting` does
     tracing.configure("triptych-gateway")
     if not port_is_free(settings.port, settings.host):
         raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
@@ -130,7 +131,7 @@ async def _greet(server: uvicorn.Server, settings: Settings, pipelines: Sequence
 
 
 def _greeting(settings: Settings, pipeline: str) -> str:
-    chat = f'{{"model": "{pipeline}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    chat = f'{{"model": "{pipeline}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "temperature": 0}}'
     return (
         f"\nTriptych serves {pipeline} on http://{settings.host}:{settings.port}. Try:\n\n"
         f"curl http://{settings.host}:{settings.port}/v1/chat/completions"
