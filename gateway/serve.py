@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import subprocess
@@ -131,7 +132,8 @@ async def _greet(server: uvicorn.Server, settings: Settings, pipelines: Sequence
 
 
 def _greeting(settings: Settings, pipeline: str) -> str:
-    chat = f'{{"model": "{pipeline}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "temperature": 0}}'
+    question = {"role": "user", "content": "What is the capital of France?"}
+    chat = json.dumps({"model": pipeline, "messages": [question], "temperature": 0})
     return (
         f"\nTriptych serves {pipeline} on http://{settings.host}:{settings.port}. Try:\n\n"
         f"curl http://{settings.host}:{settings.port}/v1/chat/completions"
