@@ -3,9 +3,9 @@
 A decode step reads every weight once, so it takes as long as the weights are large. Knows blocks and products; does
 not know files, the model's names, nor which layers are swapped (`pipelines.engine.weights`).
 
-Exact: every code, and the fact that a weight is scale · code + base in groups of 32. Not exact: scale and base are
-stored in float16 and used in bfloat16, which is what the kernel takes; each weight is off by 2^-8 of its group's
-largest at most, as it would be if the weights themselves were rounded to bfloat16.
+Exact: every code, and that a weight is scale · value + base in groups of 32. Not exact: GGUF's float16 scale and base
+are rounded to bfloat16, which the kernel asks for, and the products as bfloat16 rounds them. A weight is so off by
+2^-7 of the largest of its group at most, where a dequantised one is off by 2^-9 of itself.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ GROUP = 32  # columns that share a scale: of every block type below, and a size 
 _ROWS = 16  # the kernel takes multiples of as many
 _PART = 4096  # rows packed at once: the codes are 4 bytes each on their way
 
-# From this many inputs on, a product dequantises its weights first. Measured on SmolLM2's layers, 2 threads: the
-# 4-bit kernel takes 2.5 ms an input, dequantising 50 ms once and the product then 1 ms (docs/engine-log.md).
+# From this many inputs on, a product dequantises its weights first. Measured on SmolLM2's layers, one thread: the
+# 4-bit kernel takes 2.5 ms an input; dequantising takes 53 ms, and the product then 1 ms (docs/engine-log.md).
 _MANY = 40
 _MANY_TIED = 10  # the same where the dequantised weight is there already
 
@@ -69,29 +69,22 @@ class PackedLinear(nn.Module):
     A row of the output depends on its own input alone; on the number of inputs only as rounding does.
     """
 
-    bias: Tensor | None
-    columns: Tensor | None
-    halves: Tensor
-    scales: Tensor
-
     def __init__(self, found: Codes, *, bias: Tensor | None = None, tied: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = len(found.values), found.values.shape[1] * GROUP
-        packed = [pack(half) for half in halves(found)]
-        self.register_buffer("halves", torch.stack([codes for codes, _ in packed]))
-        self.register_buffer("scales", torch.stack([scales for _, scales in packed]))
-        self.register_buffer("columns", _by_column(found) if tied is None else None)
-        self.register_buffer("bias", bias)
+        # Attributes and not buffers: `model.to` must not convert them, and 210 layers look them up at each step.
+        self.packed = [pack(half) for half in halves(found)]
+        self.columns = _by_column(found) if tied is None else None
+        self.bias = bias.detach() if bias is not None else None
         self.weight = tied
-        self.many = (_MANY if tied is None else _MANY_TIED) // len(packed)
+        self.many = (_MANY if tied is None else _MANY_TIED) // len(self.packed)
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, self.in_features)
         if len(flat) >= self.many:
             return linear(inputs, self.dequantised(), self.bias)
-        found = _product(flat, self.halves[0], self.scales[0])
-        if len(self.halves) > 1:
-            found = found + _product(flat, self.halves[1], self.scales[1])
+        products = [torch._weight_int4pack_mm_for_cpu(flat, codes, GROUP, scales) for codes, scales in self.packed]
+        found = products[0] if len(products) == 1 else products[0] + products[1]
         if self.bias is not None:
             found = found + self.bias
         return found.view(*inputs.shape[:-1], self.out_features)
@@ -101,16 +94,16 @@ class PackedLinear(nn.Module):
         if self.weight is not None:
             return self.weight
         assert self.columns is not None
-        scale = self.scales[-1, :, :, 0].contiguous()  # of 8-bit codes: the lower half's, its base only centres it
-        base = self.scales[0, :, :, 1].contiguous()
+        # Of 8-bit codes the lower half has the scale; its base is no more than what centres it.
+        scale, base = self.packed[-1][1][..., 0].contiguous(), self.packed[0][1][..., 1].contiguous()
         return _dequantise(self.columns, scale, base)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={4 * len(self.halves)}"
+        return f"{self.in_features}, {self.out_features}, bits={4 * len(self.packed)}"
 
 
 def halves(found: Codes) -> list[Codes]:
-    """As 4-bit codes whose products add up: 8-bit value = 16 · upper + lower, lower being 0 to 15, stored as -8 to 7."""
+    """4-bit codes whose products add up: an 8-bit value is 16 · upper + lower, lower from 0 to 15, kept less 8."""
     if found.bits == 4:
         return [found]
     upper = Codes(4, found.values >> 4, found.scale * 16, found.base)
@@ -124,17 +117,13 @@ def pack(found: Codes) -> tuple[Tensor, Tensor]:
     """
     parts = (found.values[at : at + _PART] for at in range(0, len(found.values), _PART))
     packed = [torch._convert_weight_to_int4pack_for_cpu(_nibbles(part), 1) for part in parts]
-    scales = np.stack([found.scale.T, found.base.T], -1)
-    return torch.cat(packed), torch.from_numpy(scales).bfloat16()
+    scales = torch.from_numpy(np.stack([found.scale.T, found.base.T], -1)).bfloat16()
+    return torch.cat(packed), scales.contiguous()  # numpy keeps the order of what it stacks; the kernel asks for none
 
 
 def _nibbles(values: Array) -> Tensor:
     """The kernel's codes are 0 to 15, of which it subtracts 8."""
     return (torch.from_numpy(values).int() + 8).view(len(values), -1)
-
-
-def _product(inputs: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    return torch._weight_int4pack_mm_for_cpu(inputs, packed, GROUP, scales)
 
 
 def _by_column(found: Codes) -> Tensor:
@@ -158,13 +147,14 @@ def _dequantise(columns: Tensor, scale: Tensor, base: Tensor) -> Tensor:
     return values.view(groups * GROUP, rows).t()
 
 
-def _split(rows: Array, *sizes: int) -> list[Array]:
+def _split(blocks: Array, *sizes: int) -> list[Array]:
     """Blocks [blocks, bytes] into their fields; the last one has what is left."""
-    return np.split(rows, np.cumsum(sizes), axis=1)
+    return np.split(blocks, np.cumsum(sizes), axis=1)
 
 
 def _float16(field: Array) -> Array:
-    return np.ascontiguousarray(field).view(np.float16).astype(np.float32)
+    numbers: Array = np.ascontiguousarray(field).view(np.float16).astype(np.float32)
+    return numbers
 
 
 def _low_then_high(field: Array) -> Array:

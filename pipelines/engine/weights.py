@@ -98,8 +98,8 @@ def _state(
     state = {}
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         for name, stored in names.items():
-            if name in without:  # what nobody writes takes no memory
-                state[name] = torch.empty(file.tensors[stored][1], dtype=dtype)
+            if name in without:  # one number, seen as many
+                state[name] = torch.zeros((), dtype=dtype).expand(file.tensors[stored][1])
             else:
                 array = adapt(stored, file.read(stored, pool), text)
                 state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
