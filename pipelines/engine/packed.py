@@ -153,13 +153,13 @@ def _split(blocks: Array, *sizes: int) -> list[Array]:
 
 
 def _float16(field: Array) -> Array:
-    numbers: Array = np.ascontiguousarray(field).view(np.float16).astype(np.float32)
-    return numbers
+    return np.ascontiguousarray(field).view(np.float16).astype(np.float32)
 
 
 def _low_then_high(field: Array) -> Array:
     """Nibbles of a block of 32: the lower ones are its first half."""
-    return np.concatenate([field & 15, field >> 4], 1).view(np.int8)
+    values: Array = np.concatenate([field & 15, field >> 4], 1).view(np.int8)
+    return values
 
 
 def _q4_0(blocks: Array) -> Codes:
