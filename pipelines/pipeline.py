@@ -49,7 +49,7 @@ class Pipeline:
     parts: tuple[str, ...] = ()  # NAME==VERSION/FILE, in order, of what makes up the source's file
     size_mb: int = 0  # to download, for `triptych pipelines`
     engine: str = "transformers"
-    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    dtype: str = "auto"  # auto: bfloat16 on a GPU; on a CPU GGUF stays packed, else float32
     context: int = 0  # 0: what the model's own config says
     max_running: int = 64  # sequences in one step
     echo_tokens_per_s: float = 0  # per stream, echo engine only; 0: as fast as it can

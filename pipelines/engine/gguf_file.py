@@ -45,13 +45,19 @@ class GgufFile:
         stems = {name: name.rpartition(".") for name in parameters}
         return {name: f"{known_names.get_name(stem)}.{suffix}" for name, (stem, _, suffix) in stems.items()}
 
-    def read(self, name: str, pool: Executor) -> Array:
-        """One tensor, dequantised to float32 in parts that stay in the processor's cache, on several threads."""
+    def rows(self, name: str) -> Array:
+        """One tensor's blocks as they are stored, [..., bytes a row]: a view of the file."""
         kind, shape, offset = self.tensors[name]
         block, size = GGML_QUANT_SIZES[kind]
+        start, row = self._start + offset, shape[-1] // block * size
+        return self._data[start : start + math.prod(shape[:-1]) * row].reshape(*shape[:-1], row)
+
+    def read(self, name: str, pool: Executor) -> Array:
+        """One tensor, dequantised to float32 in parts that stay in the processor's cache, on several threads."""
+        kind, shape, _ = self.tensors[name]
+        block, size = GGML_QUANT_SIZES[kind]
         blocks, step = math.prod(shape) // block, max(1, _PART // block)
-        start = self._start + offset
-        stored = self._data[start : start + blocks * size].reshape(blocks, size)
+        stored = self.rows(name).reshape(blocks, size)
         found = np.empty((blocks, block), np.float32)
 
         def fill(at: int) -> None:
