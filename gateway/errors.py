@@ -26,10 +26,11 @@ _STATUS = {
     "context_length_exceeded": 400,
     "overloaded": 429,
     "unavailable": 503,
+    "unhealthy": 503,
     "timeout": 504,
 }
 # The official client obeys it, and retries 429 and 503 twice.
-_RETRY_AFTER_S = {"overloaded": 1, "unavailable": 2}
+_RETRY_AFTER_S = {"overloaded": 1, "unavailable": 2, "unhealthy": 2}
 
 
 class ApiError(Exception):

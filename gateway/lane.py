@@ -101,8 +101,11 @@ class LaneStream:
 class Lane:
     """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
 
-    def __init__(self, pipeline: Pipeline, stub: Any, accept_timeout_s: float) -> None:
+    def __init__(
+        self, pipeline: Pipeline, stub: Any, accept_timeout_s: float, on_unhealthy: Callable[[str, str], None]
+    ) -> None:
         self.pipeline = pipeline
+        self._on_unhealthy = on_unhealthy
         self._accept_timeout_s = accept_timeout_s
         self._stub = stub
         self._model = contracts.model_name(pipeline.name, "orchestrator")
@@ -228,6 +231,8 @@ class Lane:
             self._open()
 
     def _share(self, event: Event) -> None:
+        if event.error and event.error.code == "unhealthy":
+            self._on_unhealthy(self.pipeline.name, event.error.stage)
         stream = self._streams.pop(event.id, None) if event.last else self._streams.get(event.id)
         if stream:
             stream.push(event)
@@ -250,6 +255,7 @@ class Lanes:
     def __init__(self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float) -> None:
         self._target = target
         self._accept_timeout_s = accept_timeout_s
+        self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the supervisor's
         self._pipelines = dict(pipelines)
         self._lanes: dict[str, Lane] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -263,7 +269,10 @@ class Lanes:
         ]
         self._channel = grpc.aio.insecure_channel(self._target, options=options)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._lanes = {name: Lane(pipeline, stub, self._accept_timeout_s) for name, pipeline in self._pipelines.items()}
+        self._lanes = {
+            name: Lane(pipeline, stub, self._accept_timeout_s, self._unhealthy)
+            for name, pipeline in self._pipelines.items()
+        }
         self._tasks = [asyncio.create_task(lane.run(), name=f"lane {name}") for name, lane in self._lanes.items()]
         return self
 
@@ -281,6 +290,9 @@ class Lanes:
 
     def ready(self, pipeline: str) -> bool:
         return pipeline in self._lanes and self._lanes[pipeline].ready
+
+    def _unhealthy(self, pipeline: str, stage: str) -> None:
+        self.on_unhealthy(pipeline, stage)
 
     def suspend(self, pipeline: str, error: StageError) -> None:
         self._lanes[pipeline].suspend(error)

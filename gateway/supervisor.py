@@ -47,6 +47,14 @@ class Supervisor:
         self._repairs: dict[str, asyncio.Task[None]] = {}
         self._broken: dict[str, set[str]] = {}  # by pipeline, the models to bring back
         self._control: Any = None
+        lanes.on_unhealthy = self.end
+
+    def end(self, pipeline: str, stage: str) -> None:
+        """A stub that Triton finds unhealthy answers no more: it is ended, and then replaced like a dead one."""
+        if stub := self._watched.get(model_name(pipeline, stage)):
+            log.error("stage %s of %s does not answer", stage, pipeline, extra={"pipeline": pipeline, "stage": stage})
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stub.pid, signal.SIGKILL)
 
     async def run(self) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._triton.grpc_port}", RECONNECT) as channel:

@@ -9,7 +9,7 @@ class StageError(Exception):
     """A request could not be served; `message` is a sentence for the user, `param` the input it names.
 
     `code` is one of: invalid_request, context_length_exceeded, unsupported_parameter, overloaded, unavailable,
-    timeout, internal. `stage` is the stage that failed.
+    unhealthy, timeout, internal. `stage` is the stage that failed.
     """
 
     def __init__(
@@ -38,5 +38,5 @@ class StageError(Exception):
             except (ValueError, KeyError, TypeError):
                 pass
         # What Triton says of a stub that is dead, or does not answer it within a second or so.
-        code = "unavailable" if "is not healthy" in text else "internal"
+        code = "unhealthy" if "is not healthy" in text else "internal"
         return cls(f"stage {stage} failed: {text}", code=code, stage=stage)

@@ -144,7 +144,7 @@ def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:
 
 
 def test_a_preprocess_that_hangs_is_replaced(own_product: Product) -> None:
-    """Triton ends a stub that does not answer; the request is refused by the stage's name, and nothing waits."""
+    """Its request is refused by the stage's name after a second, nothing waits, and a new one takes its place."""
     os.kill(own_product.stub("echo-slow-preprocess"), signal.SIGSTOP)
     body = {**SLOW, "stream": False, "max_tokens": 3}
     refused = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=30)

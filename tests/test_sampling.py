@@ -79,6 +79,6 @@ def test_a_foreign_error_is_internal_to_its_stage(text: str) -> None:
     assert (error.code, error.stage) == ("internal", "generate")
 
 
-def test_an_unhealthy_stub_is_unavailable() -> None:
+def test_an_unhealthy_stub_is_named_so() -> None:
     text = "Stub process 'echo-preprocess_0_0' is not healthy."
-    assert StageError.from_text(text, stage="preprocess").code == "unavailable"
+    assert StageError.from_text(text, stage="preprocess").code == "unhealthy"
