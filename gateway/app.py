@@ -79,6 +79,9 @@ async def ready(request: Request) -> Response:
 
 
 async def show_metrics(request: Request) -> Response:
+    backend = state_of(request.scope)["backend"]
+    for name in backend.pipelines():
+        metrics.PIPELINE_READY.labels(name).set(backend.ready(name))
     data, media_type = metrics.render(request.headers.get("accept", ""))
     return Response(data, headers={"content-type": media_type})
 

@@ -154,6 +154,7 @@ class Lane:
         """A stage has died: whoever waits is told, and nothing is sent until `resume`."""
         self._suspended = True
         self._lose(error)
+        metrics.forget_engine(self.pipeline.name)  # its counts start anew
         if self._connection:
             self._connection.cancel()
 

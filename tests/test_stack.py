@@ -272,6 +272,8 @@ def test_a_lane_is_rotated_without_loss(product: Product) -> None:
 def test_health_and_metrics(product: Product) -> None:
     assert product.get("/health/live")[0] == 200
     assert product.get("/health/ready") == (200, {"status": "ready", "not_ready": []})
+    with urllib.request.urlopen(f"{product.url}/metrics", timeout=10) as response:
+        assert 'triptych_pipeline_ready{pipeline="echo"} 1.0' in response.read().decode()
     served = {model["id"] for model in product.get("/v1/models")[1]["data"]}
     assert {"smollm2-135m-instruct", "echo"} <= served
     assert not any(word in name for name in served for word in ("preprocess", "ensemble", "orchestrator"))
