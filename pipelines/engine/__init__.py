@@ -14,9 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
 
 from pipelines.sampling import Sampling
+
+Bits: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 
 
 @dataclass(frozen=True)
@@ -27,28 +31,60 @@ class Limits:
     eos_ids: frozenset[int]
 
 
+class Constraint(Protocol):
+    """What a structured answer may continue with: a grammar's state, one for each request."""
+
+    def mask(self) -> Bits:
+        """Which tokens may come next: one bit a token, the lowest bit of a word first. May take its time."""
+
+    def accept(self, token_id: int) -> None:
+        """The token that was taken; the next mask may be computed from now on, beside the forward."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow: the answer ends here even where the model has not said so."""
+
+
 @dataclass
 class Request:
-    """One prompt to continue. `stops_at` is told each new token, says whether a stop string is complete."""
+    """One prompt to continue. `stops_at` is told each new token, says whether a stop string is complete.
+
+    Of those that wait the lowest `priority` is first. At `deadline`, on the engine's clock, it ends with `timeout`.
+    """
 
     id: str
     input_ids: Sequence[int]
     sampling: Sampling
     stops_at: Callable[[int], bool] | None = None
+    constraint: Constraint | None = None
+    priority: int = 0
+    deadline: float | None = None
+
+
+class Logprob(NamedTuple):
+    """A token's log probability, as the model has it before temperature and penalties, and the likeliest there."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(slots=True)
 class Output:
-    """What one step produced for one request. The last has a `finish_reason`: stop, length, cancelled, error.
+    """What one step produced for one request. The last has a `finish_reason`: stop, length, cancelled, timeout, error.
 
     The end-of-sequence token is part of `token_ids` (it was generated, and usage counts it), and so is the
-    token that completes a stop string. Not frozen, though nobody changes one: a frozen one is slow to make.
+    token that completes a stop string. `logprobs` has an entry a token where they are asked for. `cached_tokens`,
+    in a request's first output, is how much of the prompt was not computed again.
+    Not frozen, though nobody changes one: a frozen one is slow to make.
     """
 
     id: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     error: str = ""
+    logprobs: list[Logprob] = field(default_factory=list)
+    cached_tokens: int = 0
 
 
 @dataclass
