@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from gateway.settings import Settings, SettingsError
-from pipelines.pipeline import DEFAULT, CatalogError, get_pipeline, load_catalog
+from pipelines.pipeline import DEFAULT, CatalogError, Pipeline, get_pipeline, load_catalog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +48,21 @@ def _pipelines(options: argparse.Namespace) -> int:
         pulled = is_pulled(pipeline)
         state = "ready" if pipeline.name in ready else "pulled" if pulled else "not pulled"
         size = f"{size_on_disk(pipeline) / 1e6:.0f} MB" if pulled else f"{pipeline.size_mb} MB to pull"
-        rows.append((pipeline.name, state, pipeline.engine, size, pipeline.licence, pipeline.source))
+        engine = ", ".join(filter(None, (pipeline.engine, _way(pipeline).partition(": ")[0])))
+        rows.append((pipeline.name, state, engine, size, pipeline.licence, pipeline.source))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for pipeline in load_catalog().values():
+        way, _, why = _way(pipeline).partition(": ")
+        if why:
+            print(f"{pipeline.name} runs the {way} way, one request after another in each step: {why}")
     return 0
+
+
+def _way(pipeline: Pipeline) -> str:
+    """How the engine runs the model: `fast`, or `compatible: ` and why. Empty until it was loaded once."""
+    return pipeline.way_file.read_text() if pipeline.way_file.exists() else ""
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ and `cancel` (DESIGN §3); `counters` is for whoever wants to see the engine wor
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +23,8 @@ from pipelines.generate import Answer, Generate, Poll
 from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
+
+log = logging.getLogger(__name__)
 
 
 def load(pipeline: Pipeline) -> Generate:
@@ -44,7 +48,20 @@ def load_engine(pipeline: Pipeline) -> Engine:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, device=device)
     limits = replace(limits, context=pipeline.context or limits.context)
-    return BatchedEngine(model, limits, max_running=pipeline.max_running)
+    kv_bytes = pipeline.kv_cache_mb * 10**6 or _share_of_memory(device)
+    engine = BatchedEngine(model, limits, max_running=pipeline.max_running, kv_bytes=kv_bytes)
+    pipeline.way_file.parent.mkdir(parents=True, exist_ok=True)
+    pipeline.way_file.write_text(engine.way)
+    log.info("%s runs %s, in %s", pipeline.name, engine.way, str(model.dtype).removeprefix("torch."))
+    return engine
+
+
+def _share_of_memory(device: str) -> int:
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    import torch
+
+    return torch.cuda.mem_get_info()[0] // 2
 
 
 def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError], None]) -> None:

@@ -52,6 +52,7 @@ class Pipeline:
     dtype: str = "auto"  # auto: bfloat16 on a GPU; on a CPU GGUF stays packed, else float32
     context: int = 0  # 0: what the model's own config says
     max_running: int = 64  # sequences in one step
+    kv_cache_mb: int = 0  # keys and values at most; 0: a quarter of the memory, or half of what a GPU has free
     echo_tokens_per_s: float = 0  # per stream, echo engine only; 0: as fast as it can
     stream_event: str = "message"  # what shares one SSE event: a message's tokens for a stream, or one token
 
@@ -65,6 +66,7 @@ class Pipeline:
         self._check("stream_event", self.stream_event in EVENTS, " or ".join(EVENTS))
         self._check("context", self.context >= 0, "0 (the model's own) or more")
         self._check("max_running", self.max_running >= 1, "1 or more")
+        self._check("kv_cache_mb", self.kv_cache_mb >= 0, "0 (by the machine's memory) or more")
         self._check("echo_tokens_per_s", self.echo_tokens_per_s >= 0, "0 (as fast as it can) or more")
 
     def _check_files(self) -> None:
@@ -87,6 +89,11 @@ class Pipeline:
         """Where its prepared files are: tokenizer.json, config.json, weights. One source, one home."""
         unique = hashlib.sha256(self.source.encode()).hexdigest()[:8]
         return cache_dir() / "weights" / f"{_slug(self.source)}-{unique}"
+
+    @property
+    def way_file(self) -> Path:
+        """Where the engine wrote, when it last loaded, which way it runs the model."""
+        return cache_dir() / "ways" / f"{self.name}.txt"
 
 
 def _slug(source: str) -> str:

@@ -27,6 +27,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Sampling:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gateway import doctor
+from gateway.cli import main
 from gateway.settings import Settings, SettingsError
 from tests.product import Product, free_port
 
@@ -91,3 +92,16 @@ def test_each_failure_says_its_remedy(monkeypatch: Any, check: Any, broken: tupl
 
 def _missing(package: str) -> str:
     raise doctor.PackageNotFoundError(package)
+
+
+def test_pipelines_says_which_way_a_model_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    (tmp_path / "ways").mkdir()
+    (tmp_path / "ways" / "smollm2-135m-instruct.txt").write_text("fast")
+    (tmp_path / "ways" / "gemma3-270m.txt").write_text("compatible: its attention takes s_aux")
+    assert main(["pipelines", "--port", "9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("smollm2-135m-instruct" in line and "transformers, fast " in line for line in lines)
+    assert any("gemma3-270m" in line and "transformers, compatible " in line for line in lines)
+    assert lines[-1].startswith("gemma3-270m runs the compatible way")
+    assert lines[-1].endswith(": its attention takes s_aux")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipelines.engine.sampler import BROKEN, sample, uniform
+from pipelines.engine.sampler import BROKEN, uniform
+from pipelines.engine.sampler import tokens_of as sample
 from pipelines.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

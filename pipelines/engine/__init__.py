@@ -92,16 +92,19 @@ class Counters:
     """The engine's own counts, since it started; `running` and `waiting` are as of now.
 
     Every request ends in exactly one of `finished` (stop, length or error) and `cancelled`. `prompt_tokens`
-    counts the prompts that were admitted, `steps` the passes that produced something.
+    counts the prompts that were admitted, `cached_tokens` what of them was not computed again, `preempted` how often
+    a running request had to wait again; `steps` the passes that produced something.
     """
 
     running: int = 0
     waiting: int = 0
     steps: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
+    preempted: int = 0
 
 
 class Engine(Protocol):

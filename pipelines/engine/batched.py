@@ -1,76 +1,108 @@
-"""The transformers engine: any causal language model, continuous batching of whole steps.
+"""The transformers engine: continuous batching of whole steps. A step is: admit, forward, sample, emit.
 
-New requests are prefilled one prompt a forward; all that run are decoded as one batch, a token each. Knows no
-text, no clock and no weights: it is given a model. Its KV cache is `slots`, its drawing `sampler`.
+Who runs on what is `scheduler`'s to say; the forward is `flat`, or `compatible` for a model that cannot be run that
+way; drawing is `sampler`. Knows no text and no weights: it is given a model.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pipelines.engine import Counters, Limits, Output, Request
-from pipelines.engine.sampler import BROKEN, sample
-from pipelines.engine.slots import SlotCache, Unsupported
-from pipelines.sampling import Sampling
+from pipelines.engine.compatible import CompatibleModel
+from pipelines.engine.flat import FlatModel
+from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
+from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, by_position, by_rectangle
+from pipelines.engine.slots import Unsupported, position_bytes
 
-# A step takes in prompts of this many tokens, or one longer one: whoever runs already waits that long.
-PREFILL_TOKENS = 512
-
-
-@dataclass(eq=False)
-class _Row:
-    """One running request. Its slot is its place among the running."""
-
-    request: Request
-    sampling: Sampling
-    limit: int  # tokens to generate at most
-    generated: int = 0
-    last_token: int = 0
-    finish_reason: str = ""
-    error: str = ""
-
-    @property
-    def cached(self) -> int:
-        """Positions in its slot: all but the last token, which the next forward writes."""
-        return len(self.request.input_ids) + self.generated - 1
+log = logging.getLogger(__name__)
 
 
-_Batches: TypeAlias = list[tuple[list[_Row], Tensor]]  # rows, and the logits of each
+class Forward(Protocol):
+    """A model as the engine uses it, and where its keys and values are."""
+
+    name: str
+
+    def forward(self, plan: Plan) -> Tensor: ...
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def swap(self, one: int, other: int, length: int) -> None: ...
+
+    def settle(self, running: Sequence[Row], kept: Mapping[int, int], capacity: int) -> None: ...
 
 
 class BatchedEngine:
-    """See `pipelines.engine.Engine`. `threads` sets torch's, for the whole process; 0 leaves them be.
+    """See `pipelines.engine.Engine`. `kv_bytes` bounds the cache; deadlines are on `clock`.
 
-    Raises `Unsupported` for a model whose layers it cannot batch, rather than answer wrongly.
+    `kv_dtype` is what keys and values are kept as, None for what the model computes in.
     """
 
     idle_s = 0.0
 
-    def __init__(self, model: Any, limits: Limits, *, max_running: int = 64, threads: int = 0) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        self.limits = limits
-        self.max_running = max_running
+    def __init__(
+        self,
+        model: Any,
+        limits: Limits,
+        *,
+        max_running: int = 64,
+        kv_bytes: int = 2**31,
+        kv_dtype: torch.dtype | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        model.eval()
+        config = model.config.get_text_config()
+        capacity = kv_bytes // position_bytes(config, kv_dtype or model.dtype)
+        if capacity < 1:
+            raise ValueError(f"the key and value cache of {kv_bytes} bytes holds no token of this model")
+        self.limits = Limits(min(limits.context, capacity), limits.eos_ids)
         self.counters = Counters()
-        self._model = model.eval()
-        self._slots = SlotCache(model.config.get_text_config(), max_slots=max_running, context=limits.context)
-        self._waiting: deque[Request] = deque()
-        self._running: list[_Row] = []
+        self.why_not_fast = ""
+        self._forward: Forward
+        try:
+            slots = max_running + MAX_KEPT
+            self._forward = FlatModel(model, max_slots=slots, context=self.limits.context, kv_dtype=kv_dtype)
+        except Unsupported as why:
+            self.why_not_fast = str(why)
+            self._forward = CompatibleModel(model)
+        fast = not self.why_not_fast
+        charge = by_position if model.device.type == "cpu" else by_rectangle
+        self._scheduler = Scheduler(self._forward, capacity, max_running, share=fast, chunked=fast, charge=charge)
+        self._clock = clock
+        self._numbers = itertools.count()
+        self._refused: list[Output] = []
         self._cancelled: set[str] = set()
         self._in_flight: set[str] = set()
-        self._prove()
+        self._dated: set[str] = set()  # those with a deadline
+
+    @property
+    def way(self) -> str:
+        """How the model is run: fast, or compatible and why."""
+        return f"{self._forward.name}: {self.why_not_fast}" if self.why_not_fast else self._forward.name
 
     def submit(self, request: Request) -> None:
         if request.id in self._in_flight:
             raise ValueError(f"a request {request.id!r} is in flight already")
         self._in_flight.add(request.id)
-        self._waiting.append(request)
+        length, context = len(request.input_ids), self.limits.context
+        if not 0 < length < context:  # whoever submits checks this; here it keeps a mistake from being everybody's
+            why = f"a prompt of {length} tokens; it takes 1 to {context - 1}"
+            self._refused.append(Output(request.id, [], "error", why))
+            return
+        sampling = request.sampling.with_seed()
+        limit = min(context, length + (sampling.max_tokens or context))
+        row = Row(request, (request.priority, next(self._numbers)), list(request.input_ids), limit)
+        row.draw = Draw(sampling, row.tokens, self.limits.eos_ids, request.constraint)
+        if request.deadline is not None:
+            self._dated.add(request.id)
+        self._scheduler.submit(row)
         self.counters.waiting += 1
 
     def cancel(self, request_id: str) -> None:
@@ -84,177 +116,99 @@ class BatchedEngine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Admit, forward, sample, emit."""
-        outputs = self._drop_cancelled()
-        decoding = self._running.copy()
-        prompts = self._admit(outputs)
-        batches = self._decode(decoding) + self._prefill(prompts)
-        tokens = self._sample(batches)
-        outputs += [self._emit(row, tokens.get(row)) for row in self._running]
-        self._retire()
+        outputs = self._leave()
+        plan = self._scheduler.plan()
+        rows, logits = self._run(plan)
+        choices = sample(logits, [row.draw for row in rows]) if rows else []
+        outputs += [self._emit(row, choice) for row, choice in zip(rows, choices, strict=True)]
+        outputs += [self._failed(row) for row in self._scheduler.running if row.error and not row.finish_reason]
+        self._retire(outputs)
         return outputs
 
-    def _admit(self, outputs: list[Output]) -> list[_Row]:
-        """First come, first served, while there are rows and the step's prompts are not too long together."""
-        prompts: list[_Row] = []
-        budget = PREFILL_TOKENS
-        while self._waiting and len(self._running) < self.max_running:
-            length = len(self._waiting[0].input_ids)
-            if prompts and length > budget:
-                break
-            request = self._waiting.popleft()
-            if not 0 < length < self.limits.context:
-                outputs.append(self._refuse(request))
-                continue
-            budget -= length
-            room = self.limits.context - length
-            row = _Row(request, request.sampling.with_seed(), min(request.sampling.max_tokens or room, room))
-            prompts.append(row)
-            self._running.append(row)
-            self.counters.prompt_tokens += length
-        return prompts
+    def _leave(self) -> list[Output]:
+        """Those that are refused, cancelled or too late."""
+        outputs, self._refused = self._refused, []
+        if self._cancelled or self._dated:
+            now, gone, self._cancelled = self._clock(), self._cancelled, set()
+            ended = self._scheduler.end(lambda row: _left(row.request, gone, now))
+            outputs += [Output(row.request.id, [], row.finish_reason) for row in sorted(ended)]
+        return outputs
 
-    def _decode(self, rows: list[_Row]) -> _Batches:
-        """One token a row, in one forward. If that fails then one by one, to find whose failure it is."""
-        if not rows:
-            return []
-        try:
-            return [(rows, self._forward_tokens(0, rows))]
-        except Exception:
-            return [batch for slot, row in enumerate(rows) for batch in self._alone(slot, row)]
-
-    def _alone(self, slot: int, row: _Row) -> _Batches:
-        try:
-            return [([row], self._forward_tokens(slot, [row]))]
-        except Exception as error:
-            row.error = _named(error)
-            return []
-
-    def _prefill(self, prompts: list[_Row]) -> _Batches:
-        """One prompt a forward, into the slots behind those that are decoded."""
-        batches: _Batches = []
-        first = len(self._running) - len(prompts)
-        for slot, row in enumerate(prompts, first):
+    def _run(self, plan: Plan) -> tuple[list[Row], Tensor]:
+        """The rows whose next token this gives, and their logits. A row that fails has an error, and it alone."""
+        if not plan.decode and not plan.chunks:
+            return [], torch.empty(0)
+        found, plans = [], [plan]
+        while plans:
+            part = plans.pop(0)
+            rows = part.sampled
             try:
-                batches.append(([row], self._forward_prompt(slot, row.request.input_ids)))
+                found.append((rows, self._forward.forward(part)))
             except Exception as error:
-                row.error = _named(error)
-        return batches
-
-    def _forward_prompt(self, slot: int, input_ids: Sequence[int]) -> Tensor:
-        self._reserve(slot + 1, len(input_ids))
-        self._slots.prefill(slot, len(input_ids))
-        ids = torch.tensor([list(input_ids)], device=self._model.device)
-        return self._forward(ids, torch.arange(ids.shape[1], device=ids.device)[None], None)
-
-    def _forward_tokens(self, first: int, rows: list[_Row]) -> Tensor:
-        positions = [row.cached for row in rows]
-        self._reserve(first + len(rows), max(positions) + 1)
-        ids = torch.tensor([[row.last_token] for row in rows], device=self._model.device)
-        at = self._slots.decode(first, positions, ids.device)
-        return self._forward(ids, at[:, None], self._slots.masks(self._model.dtype))
-
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Any) -> Tensor:
-        """The logits of each row's last position, [rows, vocabulary]."""
-        logits: Tensor = self._model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=self._slots,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits[:, -1]
-
-    def _reserve(self, slots: int, length: int) -> None:
-        used = max(row.cached + 1 for row in self._running)  # a prompt of this very step has no token yet
-        self._slots.reserve(slots, length, rows=len(self._running), used=used)
-
-    def _sample(self, batches: _Batches) -> dict[_Row, int]:
-        if not batches:
-            return {}
+                if len(part.decode) + len(part.chunks) > 1:
+                    plans = part.alone()
+                else:
+                    for row in [*part.decode, *(chunk.row for chunk in part.chunks)]:
+                        row.error = _named(error)
+            else:
+                part.advance()
         self.counters.steps += 1
-        rows = [row for batch, _ in batches for row in batch]
-        logits = batches[0][1] if len(batches) == 1 else torch.cat([logits for _, logits in batches])
-        tokens = sample(logits, [row.sampling for row in rows], [row.generated for row in rows])
-        return dict(zip(rows, tokens, strict=True))
+        logits = [logits for _, logits in found] or [torch.empty(0)]
+        return [row for rows, _ in found for row in rows], logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _emit(self, row: _Row, token: int | None) -> Output:
-        """The row's new token and whether it is the last one; a row whose forward failed has none."""
-        if token is None or token == BROKEN:
-            row.finish_reason, row.error = "error", row.error or "the model's output is not a number"
-            return Output(row.request.id, [], "error", row.error)
-        row.generated += 1
-        row.last_token = token
+    def _emit(self, row: Row, choice: Choice) -> Output:
+        """The row's new token and whether it is the last one."""
+        token = choice.token_id
+        if token == BROKEN:
+            row.error = "the model's output is not a number"
+            return self._failed(row)
+        cached = row.cached_tokens if row.draw.generated == 0 else 0
+        row.tokens.append(token)
         self.counters.output_tokens += 1
         try:
-            stopped = row.request.stops_at is not None and row.request.stops_at(token)
+            row.draw.accept(token)
+            row.finish_reason = self._finish(row, token)
         except Exception as error:
             row.finish_reason, row.error = "error", _named(error)
-        else:
-            if stopped or token in self.limits.eos_ids:
-                row.finish_reason = "stop"
-            elif row.generated >= row.limit:
-                row.finish_reason = "length"
-        return Output(row.request.id, [token], row.finish_reason, row.error)
+        logprobs = [] if choice.logprob is None else [choice.logprob]
+        return Output(row.request.id, [token], row.finish_reason, row.error, logprobs, cached)
 
-    def _drop_cancelled(self) -> list[Output]:
-        if not self._cancelled:
-            return []
-        gone, self._cancelled = self._cancelled, set()
-        self._waiting = deque(request for request in self._waiting if request.id not in gone)
-        for row in self._running:
-            if row.request.id in gone:
-                row.finish_reason = "cancelled"
-        self._in_flight -= gone
-        self.counters.cancelled += len(gone)
-        self._retire()
-        return [Output(request_id, [], "cancelled") for request_id in sorted(gone)]
+    def _finish(self, row: Row, token: int) -> str:
+        request = row.request
+        if request.stops_at is not None and request.stops_at(token):
+            return "stop"
+        if token in self.limits.eos_ids and not request.sampling.ignore_eos:
+            return "stop"
+        if request.constraint is not None and request.constraint.complete:
+            return "stop"
+        return "length" if len(row.tokens) >= row.limit else ""
 
-    def _refuse(self, request: Request) -> Output:
-        """Whoever submits checks this first; here it keeps a mistake from being everybody's."""
-        self._in_flight.discard(request.id)
-        self.counters.finished += 1
-        length, context = len(request.input_ids), self.limits.context
-        return Output(request.id, [], "error", f"a prompt of {length} tokens; it takes 1 to {context - 1}")
+    def _failed(self, row: Row) -> Output:
+        row.finish_reason = "error"
+        return Output(row.request.id, [], "error", row.error)
 
-    def _retire(self) -> None:
-        """Take out the rows that ended; the last row moves into each slot that falls free."""
-        for slot in reversed(range(len(self._running))):
-            row = self._running[slot]
-            if not row.finish_reason:
-                continue
-            last = self._running.pop()
-            if last is not row:
-                self._running[slot] = last
-                self._slots.move(len(self._running), slot, last.cached)
-            if row.finish_reason != "cancelled":
-                self._in_flight.discard(row.request.id)
-                self.counters.finished += 1
-        if not self._running:
-            self._slots.clear()
-        self.counters.running, self.counters.waiting = len(self._running), len(self._waiting)
+    def _retire(self, outputs: Sequence[Output]) -> None:
+        """Those with a last output are in flight no more."""
+        scheduler, counters = self._scheduler, self.counters
+        ended = [output for output in outputs if output.finish_reason]
+        if ended:
+            scheduler.retire()
+            ids = {output.id for output in ended}
+            self._in_flight -= ids
+            self._dated -= ids
+            cancelled = sum(1 for output in ended if output.finish_reason == "cancelled")
+            counters.cancelled += cancelled
+            counters.finished += len(ended) - cancelled
+        self._forward.settle(scheduler.running, scheduler.kept_lengths, scheduler.capacity)
+        counters.running, counters.waiting = len(scheduler.running), len(scheduler.waiting)
+        counters.prompt_tokens, counters.cached_tokens = scheduler.prompt_tokens, scheduler.cached_tokens
+        counters.preempted = scheduler.preempted
 
-    @torch.inference_mode()
-    def _prove(self) -> None:
-        """Two prompts of unequal length, as one batch, must give what the model gives without a cache."""
-        kind, exact = self._model.config.model_type, self._model.dtype == torch.float32
-        prompts, any_way = [[3, 4, 5, 6, 7], [8, 9, 10]], Sampling()
-        rows = [_Row(Request("", ids[:-1], any_way), any_way, 1, 1, ids[-1]) for ids in prompts]
-        try:
-            for slot, row in enumerate(rows):
-                self._running.append(row)
-                self._forward_prompt(slot, row.request.input_ids)
-            batched = self._forward_tokens(0, rows).float()
-            tensors = [torch.tensor([ids], device=self._model.device) for ids in prompts]
-            plain = torch.cat([self._model(input_ids=ids, use_cache=False).logits[:, -1] for ids in tensors])
-        except Exception as error:
-            raise Unsupported(f"{kind} cannot be run as a batch: {_named(error)}") from error
-        finally:
-            self._running.clear()
-            self._slots.clear()
-        off = float((batched - plain.float()).abs().max() / plain.float().abs().max())
-        if not off < (0.001 if exact else 0.2):  # a wrong mask or position is off by the size of the logits
-            raise Unsupported(f"{kind} answers differently as a batch: its logits are off by {off:.1%}")
+
+def _left(request: Request, cancelled: set[str], now: float) -> str:
+    if request.id in cancelled:
+        return "cancelled"
+    return "timeout" if request.deadline is not None and request.deadline <= now else ""
 
 
 def _named(error: Exception) -> str:

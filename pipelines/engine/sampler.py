@@ -6,11 +6,13 @@ an answer whatever else runs. Stateless: the same arguments always give the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipelines.engine import Constraint, Logprob
 from pipelines.sampling import Sampling
 
 BROKEN = -1  # in place of a token: this row's logits hold a NaN, or nothing finite
@@ -20,7 +22,37 @@ _GAMMA = 0x9E3779B97F4A7C15
 _NUCLEUS = 1024  # how many of a row's likeliest are sorted at first; most nuclei are far smaller
 
 
-def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+class Choice(NamedTuple):
+    """A row's next token, or BROKEN."""
+
+    token_id: int
+    logprob: Logprob | None = None
+
+
+class Draw:
+    """One request's way from logits to tokens: what it asked for, and how far it is."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        eos_ids: Collection[int],
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.sampling = sampling
+        self.generated = 0
+
+    def accept(self, token_id: int) -> None:
+        self.generated += 1
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    """The next token of each row of `logits` [B, V]."""
+    tokens = tokens_of(logits, [draw.sampling for draw in draws], [draw.generated for draw in draws])
+    return [Choice(token) for token in tokens]
+
+
+def tokens_of(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """One token a row of `logits` [B, V]. `positions`: how many tokens each request has generated so far."""
     tokens = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]

@@ -1,71 +1,78 @@
-"""The KV cache: one slot a running request, in tensors [slots, heads, length, dim] a layer, written in place.
+"""The KV cache: a slot for each request, in tensors [slots, heads, length, dim] a layer, written in place.
 
-The slots of the running requests are always the first ones, so that a batch is a view and no step copies the
-cache: a slot that falls free is filled with the last one. Slots and length grow by doubling.
+A pass is flat: one token for each of the first slots, and chunks of prompts, each into its slot. The layers write what
+they are given; `attention` reads what each token may see. Slots and length grow by doubling. On a CPU memory is taken
+page by page as it is written, and given back where a slot became shorter.
 
-Knows which positions a pass writes and sees; does not know requests, sampling, nor the model that calls it.
+Knows which positions a pass writes; does not know requests, sampling, nor the model that calls it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_LENGTH = 256
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Unsupported(ValueError):
-    """This model's layers need a cache that slots are not."""
+    """This model's layers need a cache that slots are not, or attention that `attention` does not do."""
+
+
+class Span(NamedTuple):
+    """Positions start … start + length of one slot."""
+
+    slot: int
+    start: int
+    length: int
 
 
 class Pass:
-    """What the forward in progress writes: one prompt into one slot, or one token into each of some slots."""
+    """What the forward in progress is of: a token at `positions` of slots first … last, then chunks."""
 
     def __init__(self) -> None:
-        self.prefill = True
-        self.first = self.last = self.span = 0  # slots first … last, of which it sees `span` positions
+        self.first = self.last = self.span = 0  # of those slots `span` positions are seen
         self.slots = self.positions = torch.empty(0, dtype=torch.long)
+        self.chunks: Sequence[Span] = ()
+        self.masks: dict[Any, Tensor | None] = {}  # made once a pass, for all layers that need the same
         self.capacity = (0, 0)  # slots, length
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values. transformers calls `update` in each attention, the rest for its masks."""
+    """One layer's keys and values. transformers calls `update` in each attention."""
 
-    def __init__(self, now: Pass, window: int | None) -> None:
+    def __init__(self, now: Pass, window: int | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.now = now
         self.window = window
-        self.is_sliding = window is not None  # by this transformers finds the layer to size each mask by
+        self.kept_as = dtype
+        self.is_sliding = window is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = self._empty(key_states), self._empty(value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write in place; answer what the pass may see: a prompt sees itself, a token all of its slot."""
+        """Write [1, heads, tokens, dim] in place. Answers the same: attention reads the cache itself."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        now = self.now
-        if now.prefill:
-            self.keys[now.first, :, : now.span] = key_states[0]
-            self.values[now.first, :, : now.span] = value_states[0]
-            return key_states, value_states
-        self.keys[now.slots, :, now.positions] = key_states[:, :, 0]
-        self.values[now.slots, :, now.positions] = value_states[:, :, 0]
-        rows, seen = slice(now.first, now.last), slice(now.span)
-        return self.keys[rows, :, seen], self.values[rows, :, seen]
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            self._write(stored, states[0])
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.now.span, 0
+        return query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.now.prefill else self.now.span - 1
+        return 0
 
     def get_max_length(self) -> int:
         return self.now.capacity[1]
@@ -76,15 +83,32 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = self._grown(self.keys, rows, length)
             self.values = self._grown(self.values, rows, length)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         if self.is_initialized:
             self.keys[target, :, :length] = self.keys[source, :, :length]
             self.values[target, :, :length] = self.values[source, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        if self.is_initialized:
+            for stored in (self.keys, self.values):
+                before = stored[one, :, :length].clone()
+                stored[one, :, :length] = stored[other, :, :length]
+                stored[other, :, :length] = before
 
     def clear(self) -> None:
         if self.is_initialized:
             del self.keys, self.values
             self.is_initialized = False
+
+    def _write(self, stored: Tensor, states: Tensor) -> None:
+        now, states = self.now, states.to(stored.dtype)
+        decoded = now.last - now.first
+        if decoded:
+            stored[now.slots, :, now.positions] = states[:, :decoded].transpose(0, 1)
+        at = decoded
+        for chunk in now.chunks:
+            stored[chunk.slot, :, chunk.start : chunk.start + chunk.length] = states[:, at : at + chunk.length]
+            at += chunk.length
 
     def _grown(self, old: Tensor, rows: int, length: int) -> Tensor:
         slots, capacity = self.now.capacity
@@ -96,20 +120,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _empty(self, like: Tensor) -> Tensor:
         slots, length = self.now.capacity
-        return _zeros((slots, like.shape[1], length, like.shape[3]), like)
+        return zeros((slots, like.shape[1], length, like.shape[3]), self.kept_as or like.dtype, like.device)
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """All layers' slots, in the form that transformers takes as `past_key_values`."""
+    """All layers' slots, in the form that transformers takes as `past_key_values`.
 
-    def __init__(self, config: Any, *, max_slots: int, context: int) -> None:
+    `dtype` is what keys and values are kept as; None is what the model computes in.
+    """
+
+    def __init__(self, config: Any, *, max_slots: int, context: int, dtype: torch.dtype | None = None) -> None:
         self.now = Pass()
         self.windows = layer_windows(config)
         self._max_slots, self._context = max_slots, context
-        super().__init__(layers=[SlotLayer(self.now, window) for window in self.windows])
+        self._touched: dict[int, int] = {}  # how many positions of each slot have memory
+        super().__init__(layers=[SlotLayer(self.now, window, dtype) for window in self.windows])
 
-    def reserve(self, slots: int, length: int, *, rows: int, used: int) -> None:
-        """Grow to this many slots of this length, keeping `rows` of `used` positions. It may lack memory."""
+    def reserve(self, slots: int, length: int) -> None:
+        """Grow to this many slots of this length. It may lack memory."""
         have_slots, have_length = before = self.now.capacity
         if slots > have_slots:
             have_slots = max(slots, min(self._max_slots, 2 * have_slots))
@@ -120,58 +148,73 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.now.capacity = (have_slots, have_length)
         try:
             for layer in self.layers:
-                layer.grow(rows, used)
+                layer.grow(max(self._touched, default=-1) + 1, max(self._touched.values(), default=0))
         except Exception:
             self.now.capacity = before  # what did grow is larger than it need be, and is left so
             raise
 
-    def prefill(self, slot: int, length: int) -> None:
-        """The next forward is a prompt of this length, into this slot."""
+    def begin(self, first: int, positions: Sequence[int], chunks: Sequence[Span], device: torch.device) -> None:
+        """The next forward is of these tokens: one for each slot from `first`, then the chunks."""
         now = self.now
-        now.prefill, now.first, now.last, now.span = True, slot, slot + 1, length
-
-    def decode(self, first: int, positions: Sequence[int], device: torch.device) -> Tensor:
-        """The next forward is one token for each slot from `first`; answers their positions, [rows]."""
-        now = self.now
-        now.prefill, now.first, now.last, now.span = False, first, first + len(positions), max(positions) + 1
+        now.first, now.last, now.span = first, first + len(positions), max(positions, default=-1) + 1
+        now.chunks = chunks
+        now.masks = {}
+        ends = [chunk.start + chunk.length for chunk in chunks]
+        slots = max([now.last, *(chunk.slot + 1 for chunk in chunks)])
+        self.reserve(slots, max([now.span, *ends]))
         now.slots = torch.arange(now.first, now.last, device=device)
-        now.positions = torch.tensor(positions, device=device)
-        return now.positions
+        now.positions = torch.tensor(positions, dtype=torch.long, device=device)
+        for slot, position in enumerate(positions, first):
+            self._touch(slot, position + 1)
+        for chunk, end in zip(chunks, ends, strict=True):
+            self._touch(chunk.slot, end)
 
-    def masks(self, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """What each row of the decode may see, added to its scores: one mask, or one for each kind."""
-        window = next((window for window in self.windows if window is not None), None)
-        if None not in self.windows:
-            return self._mask(dtype, window)
-        if window is None:
-            return self._mask(dtype, None)
-        return {"full_attention": self._mask(dtype, None), "sliding_attention": self._mask(dtype, window)}
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a slot over another."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first positions of a slot over those of another."""
+        self.reserve(target + 1, length)
+        self._touch(target, length)
         for layer in self.layers:
-            layer.move(source, target, length)
+            layer.copy(source, target, length)
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        self.reserve(max(one, other) + 1, length)
+        self._touch(one, length)
+        self._touch(other, length)
+        for layer in self.layers:
+            layer.swap(one, other, length)
+
+    @property
+    def touched(self) -> int:
+        """Positions that have memory."""
+        return sum(self._touched.values())
+
+    def trim(self, lengths: dict[int, int]) -> None:
+        """Give back what slots have beyond these lengths."""
+        for slot, touched in list(self._touched.items()):
+            length = lengths.get(slot, 0)
+            if touched > length:
+                for layer in self.layers:
+                    if layer.is_initialized:
+                        _give_back(layer.keys, slot, length, touched)
+                        _give_back(layer.values, slot, length, touched)
+                self._touched[slot] = length
 
     def clear(self) -> None:
         """Give the memory back; nothing is kept."""
         self.now.capacity = (0, 0)
+        self._touched.clear()
         for layer in self.layers:
             layer.clear()
 
-    def _mask(self, dtype: torch.dtype, window: int | None) -> Tensor:
-        position = self.now.positions[:, None]
-        seen = torch.arange(self.now.span, device=position.device)[None, :]
-        hidden = seen > position
-        if window is not None:
-            hidden |= seen <= position - window  # as transformers.masking_utils.sliding_window_overlay
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=position.device)
-        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None, :]
+    def _touch(self, slot: int, length: int) -> None:
+        if self._touched.get(slot, 0) < length:
+            self._touched[slot] = length
 
 
 def layer_windows(config: Any) -> list[int | None]:
     """Each layer's sliding window, None for full attention; read as transformers' DynamicCache does."""
     if getattr(config, "is_encoder_decoder", False):
-        raise Unsupported(f"{config.model_type} is an encoder and a decoder; only decoders can be served")
+        raise Unsupported(f"{config.model_type} is an encoder and a decoder")
     window = getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None) is not None:
         kinds = set(config.layer_types)
@@ -187,13 +230,33 @@ def layer_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kind_of]
 
 
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def position_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What one position of a slot takes, all layers together, by the config. A model without attention says nothing."""
+    heads: int = getattr(config, "num_attention_heads", 0)
+    keys: int = getattr(config, "num_key_value_heads", None) or heads
+    dim: int = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    layers: int = config.num_hidden_layers
+    return max(1, 2 * layers * keys * dim * dtype.itemsize)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, because what no mask lets through is still multiplied by 0, and 0 · NaN is NaN.
 
     On a CPU straight from the kernel, which gives a page when it is first written: torch.zeros writes all,
     and a cache sized by its longest request is mostly unused.
     """
-    if like.device.type != "cpu":
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _give_back(stored: Tensor, slot: int, start: int, end: int) -> None:
+    """The whole pages of positions start … end of each head of a slot; they read as zeros afterwards."""
+    if stored.device.type != "cpu":
+        return
+    for head in stored[slot]:
+        first = -(-head[start:].data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (head.data_ptr() + head[:end].nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise refused to give memory back")

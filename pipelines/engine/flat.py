@@ -1,0 +1,103 @@
+"""A transformers model over slots: one forward a step, of decoding rows and chunks of prompts in one flat row.
+
+Knows no request's sampling and no schedule: it is given a plan and answers logits. Whether a model can be run this way
+is proved when it is loaded: what the slots give must be what the model gives without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.engine import Request, attention
+from pipelines.engine.scheduler import Chunk, Plan, Row
+from pipelines.engine.slots import SlotCache, Span, Unsupported
+from pipelines.sampling import Sampling
+
+PROOF = ([3, 4, 5, 6, 7, 8, 9, 10, 11], [8, 9, 10, 11])  # prompts of unequal length
+
+
+class FlatModel:
+    """Raises `Unsupported` for a model that cannot be run this way; it is as it was then."""
+
+    name = "fast"
+
+    def __init__(self, model: Any, *, max_slots: int, context: int, kv_dtype: torch.dtype | None = None) -> None:
+        self._model = model
+        config = model.config.get_text_config()
+        if not model._can_set_attn_implementation():
+            raise Unsupported(f"{config.model_type} has attention of its own making")
+        self.cache = SlotCache(config, max_slots=max_slots, context=context, dtype=kv_dtype)
+        exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32)
+        before = model.config._attn_implementation
+        try:
+            plain = self._plain()
+            model.set_attn_implementation(attention.NAME)
+            self._prove(plain, config.model_type, 0.001 if exact else 0.2)
+        except Exception:
+            model.set_attn_implementation(before)
+            raise
+        finally:
+            self.cache.clear()
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> Tensor:
+        """The logits after each row that decodes and each prompt whose last chunk this is, in the plan's order."""
+        device = self._model.device
+        tokens = [row.tokens[-1] for row in plan.decode]
+        positions = [row.computed for row in plan.decode]
+        places, wanted = positions.copy(), list(range(len(tokens)))
+        for chunk in plan.chunks:
+            end = chunk.start + chunk.length
+            tokens += chunk.row.tokens[chunk.start : end]
+            places += range(chunk.start, end)
+            if chunk.last:
+                wanted.append(len(tokens) - 1)
+        spans = [Span(chunk.slot, chunk.start, chunk.length) for chunk in plan.chunks]
+        self.cache.begin(plan.first, positions, spans, device)
+        with attention.over(self.cache):
+            logits: Tensor = self._model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([places], device=device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
+            ).logits
+        return logits[0]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, length)
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        self.cache.swap(one, other, length)
+
+    def settle(self, running: Sequence[Row], kept: Mapping[int, int], capacity: int) -> None:
+        """Between two steps: memory beyond the capacity is given back."""
+        if self.cache.touched > capacity:
+            lengths = {slot: row.computed for slot, row in enumerate(running)}
+            self.cache.trim(lengths | dict(kept))
+
+    def _plain(self) -> Tensor:
+        with torch.inference_mode():
+            tensors = [torch.tensor([ids], device=self._model.device) for ids in PROOF]
+            return torch.cat([self._model(input_ids=ids, use_cache=False).logits[:, -1] for ids in tensors]).float()
+
+    def _prove(self, plain: Tensor, kind: str, tolerance: float) -> None:
+        """Two chunks at once, a chunk after another beside a row that decodes, and two rows that decode together."""
+        long, short = (Row(Request("", ids, Sampling()), (0, 0), list(ids), 0) for ids in PROOF)
+        try:
+            self.forward(Plan(chunks=[Chunk(long, 0, 0, 5), Chunk(short, 1, 0, 3)]))
+            long.computed, short.computed = 5, 3
+            mixed = self.forward(Plan([short], [Chunk(long, 0, 5, 3)], first=1))
+            long.computed = 8
+            found = torch.cat([self.forward(Plan([long, short])), mixed]).float()
+        except Unsupported:
+            raise
+        except Exception as error:
+            raise Unsupported(f"{kind} cannot be run as a batch: {type(error).__name__}: {error}") from error
+        off = float((found - plain[[0, 1, 1]]).abs().max() / plain.abs().max())
+        if not off < tolerance:  # a wrong mask or position is off by the size of the logits
+            raise Unsupported(f"{kind} answers differently as a batch: its logits are off by {off:.1%}")
