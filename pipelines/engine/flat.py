@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine import Request, attention
+from pipelines.engine.graphs import Graphs
 from pipelines.engine.scheduler import Chunk, Plan, Row
 from pipelines.engine.slots import SlotCache, Span, Unsupported
 from pipelines.sampling import Sampling
@@ -21,17 +22,29 @@ PROOF = ([3, 4, 5, 6, 7, 8, 9, 10, 11], [8, 9, 10, 11])  # prompts of unequal le
 
 
 class FlatModel:
-    """Raises `Unsupported` for a model that cannot be run this way; it is as it was then."""
+    """Raises `Unsupported` for a model that cannot be run this way; it is as it was then.
+
+    `graphs`: whether steps that only decode are run as `graphs` does; None is on a GPU.
+    """
 
     name = "fast"
 
-    def __init__(self, model: Any, *, max_slots: int, context: int, kv_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_slots: int,
+        context: int,
+        kv_dtype: torch.dtype | None = None,
+        graphs: bool | None = None,
+    ) -> None:
         self._model = model
         config = model.config.get_text_config()
         if not model._can_set_attn_implementation():
             raise Unsupported(f"{config.model_type} has attention of its own making")
         self.cache = SlotCache(config, max_slots=max_slots, context=context, dtype=kv_dtype)
         exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32)
+        self._graphs: Graphs | None = None
         before = model.config._attn_implementation
         try:
             plain = self._plain()
@@ -42,11 +55,15 @@ class FlatModel:
             raise
         finally:
             self.cache.clear()
+        if graphs if graphs is not None else model.device.type == "cuda":
+            self._graphs = Graphs(self._logits, self.cache, model.device)
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Tensor:
         """The logits after each row that decodes and each prompt whose last chunk this is, in the plan's order."""
         device = self._model.device
+        if self._graphs is not None and plan.decode and not plan.chunks and not plan.first:
+            return self._graphs([row.tokens[-1] for row in plan.decode], [row.computed for row in plan.decode])
         tokens = [row.tokens[-1] for row in plan.decode]
         positions = [row.computed for row in plan.decode]
         places, wanted = positions.copy(), list(range(len(tokens)))
@@ -58,13 +75,17 @@ class FlatModel:
                 wanted.append(len(tokens) - 1)
         spans = [Span(chunk.slot, chunk.start, chunk.length) for chunk in plan.chunks]
         self.cache.begin(plan.first, positions, spans, device)
+        ids, at = torch.tensor([tokens], device=device), torch.tensor([places], device=device)
+        return self._logits(ids, at, torch.tensor(wanted, dtype=torch.long, device=device))
+
+    def _logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | int = 0) -> Tensor:
         with attention.over(self.cache):
             logits: Tensor = self._model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([places], device=device),
+                input_ids=ids,
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
+                logits_to_keep=wanted,
             ).logits
         return logits[0]
 

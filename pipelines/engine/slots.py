@@ -164,10 +164,20 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.reserve(slots, max([now.span, *ends]))
         now.slots = torch.arange(now.first, now.last, device=device)
         now.positions = torch.tensor(positions, dtype=torch.long, device=device)
-        for slot, position in enumerate(positions, first):
-            self._touch(slot, position + 1)
+        self.touch(positions, first)
         for chunk, end in zip(chunks, ends, strict=True):
             self._touch(chunk.slot, end)
+
+    def begin_rounded(self, rows: int, span: int, slots: Tensor, positions: Tensor) -> None:
+        """The next forward is one token a row, as `graphs` runs it: what these tensors hold then says where."""
+        now = self.now
+        now.first, now.last, now.span, now.chunks, now.masks = 0, rows, span, (), {}
+        now.slots, now.positions = slots, positions
+
+    def spare(self, rows: int, length: int) -> int:
+        """Make place for so many rows of this length, and for a slot besides that nobody uses: this one."""
+        self.reserve(max(rows, max(self._touched, default=-1) + 1) + 1, length)
+        return self.now.capacity[0] - 1
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first positions of a slot over those of another."""
@@ -205,6 +215,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._touched.clear()
         for layer in self.layers:
             layer.clear()
+
+    def touch(self, positions: Sequence[int], first: int = 0) -> None:
+        """These slots, from `first`, hold something up to these positions."""
+        for slot, position in enumerate(positions, first):
+            self._touch(slot, position + 1)
 
     def _touch(self, slot: int, length: int) -> None:
         if self._touched.get(slot, 0) < length:
