@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine import Counters, Limits, Output, Request
-from pipelines.engine.sampler import BROKEN, sample
+from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
 from pipelines.engine.slots import SlotCache, Unsupported
 from pipelines.sampling import Sampling
 
@@ -28,7 +28,7 @@ class _Row:
     """One running request. Its slot is its place among the running."""
 
     request: Request
-    sampling: Sampling
+    draw: Draw
     limit: int  # tokens to generate at most
     generated: int = 0
     last_token: int = 0
@@ -107,7 +107,10 @@ class BatchedEngine:
                 continue
             budget -= length
             room = self.limits.context - length
-            row = _Row(request, request.sampling.with_seed(), min(request.sampling.max_tokens or room, room))
+            draw = Draw(
+                request.sampling.with_seed(), request.input_ids, self.limits.eos_ids, constraint=request.constraint
+            )
+            row = _Row(request, draw, min(request.sampling.max_tokens or room, room))
             prompts.append(row)
             self._running.append(row)
             self.counters.prompt_tokens += length
@@ -169,20 +172,22 @@ class BatchedEngine:
         used = max(row.cached + 1 for row in self._running)  # a prompt of this very step has no token yet
         self._slots.reserve(slots, length, rows=len(self._running), used=used)
 
-    def _sample(self, batches: _Batches) -> dict[_Row, int]:
+    def _sample(self, batches: _Batches) -> dict[_Row, Choice]:
         if not batches:
             return {}
         self.counters.steps += 1
         rows = [row for batch, _ in batches for row in batch]
         logits = batches[0][1] if len(batches) == 1 else torch.cat([logits for _, logits in batches])
-        tokens = sample(logits, [row.sampling for row in rows], [row.generated for row in rows])
-        return dict(zip(rows, tokens, strict=True))
+        return dict(zip(rows, sample(logits, [row.draw for row in rows]), strict=True))
 
-    def _emit(self, row: _Row, token: int | None) -> Output:
+    def _emit(self, row: _Row, choice: Choice | None) -> Output:
         """The row's new token and whether it is the last one; a row whose forward failed has none."""
-        if token is None or token == BROKEN:
-            row.finish_reason, row.error = "error", row.error or "the model's output is not a number"
+        if choice is None or choice.token_id == BROKEN:
+            row.finish_reason = "error"
+            row.error = row.error or row.draw.error or "the model's output is not a number"
             return Output(row.request.id, [], "error", row.error)
+        token = choice.token_id
+        row.draw.accept(token)
         row.generated += 1
         row.last_token = token
         self.counters.output_tokens += 1
@@ -191,11 +196,13 @@ class BatchedEngine:
         except Exception as error:
             row.finish_reason, row.error = "error", _named(error)
         else:
-            if stopped or token in self.limits.eos_ids:
+            constraint, ignore_eos = row.request.constraint, row.request.sampling.ignore_eos
+            if stopped or (constraint and constraint.complete) or (token in self.limits.eos_ids and not ignore_eos):
                 row.finish_reason = "stop"
             elif row.generated >= row.limit:
                 row.finish_reason = "length"
-        return Output(row.request.id, [token], row.finish_reason, row.error)
+        logprobs = [choice.logprob] if choice.logprob else []
+        return Output(row.request.id, [token], row.finish_reason, row.error, logprobs)
 
     def _drop_cancelled(self) -> list[Output]:
         if not self._cancelled:
@@ -238,8 +245,8 @@ class BatchedEngine:
     def _prove(self) -> None:
         """Two prompts of unequal length, as one batch, must give what the model gives without a cache."""
         kind, exact = self._model.config.model_type, self._model.dtype == torch.float32
-        prompts, any_way = [[3, 4, 5, 6, 7], [8, 9, 10]], Sampling()
-        rows = [_Row(Request("", ids[:-1], any_way), any_way, 1, 1, ids[-1]) for ids in prompts]
+        prompts, any_way = [[3, 4, 5, 6, 7], [8, 9, 10]], Sampling(temperature=0)
+        rows = [_Row(Request("", ids[:-1], any_way), Draw(any_way, ids, ()), 1, 1, ids[-1]) for ids in prompts]
         try:
             for slot, row in enumerate(rows):
                 self._running.append(row)
