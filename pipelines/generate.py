@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from observability import tracing
-from pipelines.engine import Engine, Output, Request
+from pipelines.engine import Constraint, Engine, Output, Request
 from pipelines.errors import StageError
 from pipelines.sampling import Sampling
+from pipelines.structure import Structure
 
 # What a poll carries at most, shared by its requests; the rest waits for the next poll, a millisecond later. It
 # bounds a message, and with it the time a request waits behind others, when an engine outruns its reader by far.
@@ -89,10 +90,12 @@ class Generate:
         engine: Engine,
         *,
         stop_checker: Callable[[tuple[str, ...]], Callable[[int], bool]],
+        constraint: Callable[[Structure], Constraint] | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._engine = engine
         self._stop_checker = stop_checker
+        self._constraint = constraint
         self._now_ns = now_ns
         self._lock = threading.Lock()
         self._work_to_do = threading.Condition(self._lock)
@@ -172,7 +175,9 @@ class Generate:
         answer: Callable[[Answer | StageError], None] | None,
     ) -> None:
         stops_at = self._stop_checker(sampling.stop) if sampling.stop else None
-        request = Request(id, input_ids, sampling, stops_at)
+        structure = sampling.response_format
+        constraint = self._constraint(structure) if structure and self._constraint else None
+        request = Request(id, input_ids, sampling, stops_at, constraint)
         work = _Work(request, name, traceparent, answer, self._now_ns())
         with self._lock:
             if self._closing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +26,19 @@ from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
 
 log = logging.getLogger(__name__)
+_compiling = ThreadPoolExecutor(2, "structures")
 
 
 def load(pipeline: Pipeline) -> Generate:
     """The stage of a pipeline, its engine loaded and its threads running."""
-    return Generate(load_engine(pipeline), stop_checker=Postprocess.load(pipeline.home).stop_checker)
+    stop_checker = Postprocess.load(pipeline.home).stop_checker
+    if pipeline.engine == "echo":
+        return Generate(load_engine(pipeline), stop_checker=stop_checker)
+    from pipelines.constraint import Constraints
+
+    # Before the weights, so that the tokenizer is read while they are.
+    constraints = Constraints(pipeline.home / "tokenizer.json", read_limits(pipeline.home).eos_ids)
+    return Generate(load_engine(pipeline), stop_checker=stop_checker, constraint=constraints)
 
 
 def load_engine(pipeline: Pipeline) -> Engine:
@@ -70,23 +79,44 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
         stage.poll(int(asked.parameters["wait_ms"]) / 1000, lambda poll: answer(_poll(poll)))
     elif asked.operation == "submit":
         id, sampling = str(asked.parameters["id"]), Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
-        stage.submit(id, _prompt(asked), sampling, traceparent=asked.traceparent)
-        answer(_said(submitted=id))
+        prompt, traceparent = _prompt(asked), asked.traceparent
+
+        def submit() -> None:
+            stage.submit(id, prompt, sampling, traceparent=traceparent)
+            answer(_said(submitted=id))
+
+        _start(sampling, submit, answer)
     elif asked.operation == "cancel":
         answer(_said(cancelled=stage.cancel(str(asked.parameters["id"]))))
     elif asked.operation == "counters":
         answer(_said(**stage.counters()))
     elif not asked.operation:
         sampling = Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
-        stage.generate(
-            _prompt(asked),
-            sampling,
-            lambda whole: answer(_whole(whole)),
-            name=asked.id,
-            traceparent=asked.traceparent,
-        )
+        prompt, name, traceparent = _prompt(asked), asked.id, asked.traceparent
+
+        def generate() -> None:
+            stage.generate(prompt, sampling, lambda whole: answer(_whole(whole)), name=name, traceparent=traceparent)
+
+        _start(sampling, generate, answer)
     else:
         raise StageError(f"unknown operation {asked.operation!r}", param=contracts.OPERATION, stage="generate")
+
+
+def _start(sampling: Sampling, start: Callable[[], None], answer: Callable[[Values | StageError], None]) -> None:
+    """Now, or once its structure is compiled: that may take a second, which nobody's poll shall wait for."""
+    if sampling.response_format is None:
+        start()
+        return
+
+    def compiled() -> None:
+        try:
+            start()
+        except StageError as error:
+            answer(error)
+        except Exception as error:
+            answer(StageError(f"{type(error).__name__}: {error}", code="internal", stage="generate"))
+
+    _compiling.submit(compiled)
 
 
 def _prompt(asked: Asked) -> list[int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from pipelines.errors import StageError
 from pipelines.messages import load_messages, utf8
@@ -63,7 +64,7 @@ class Preprocess:
                 param=(given or ["messages"])[-1],
             )
         param = given[0]
-        wanted = _sampling(sampling)
+        wanted = self._possible(_sampling(sampling))
         if text is not None:
             rendered, template = utf8(text, "text"), False
         else:
@@ -88,6 +89,23 @@ class Preprocess:
             chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
         return self.template.render(chat)
 
+    def _possible(self, sampling: Sampling) -> Sampling:
+        """What only the tokenizer can say: whether a biased token is one, and a structure can be followed."""
+        size = self.tokenizer.get_vocab_size()
+        if sampling.logit_bias and (last := sampling.logit_bias[-1][0]) >= size:
+            raise StageError(
+                f"'logit_bias' has token {last}; this model's tokens are 0 to {size - 1}.", param="logit_bias"
+            )
+        if sampling.response_format is not None:
+            from pipelines.grammar import check  # llguidance: only where it is used
+
+            check(sampling.response_format, [added.content for added in self._added if added.special])
+        return sampling
+
+    @cached_property
+    def _added(self) -> list[AddedToken]:
+        return list(self.tokenizer.get_added_tokens_decoder().values())
+
     def _fit(self, sampling: Sampling, used: int, param: str) -> Sampling:
         """`max_tokens` resolved: what was asked for if it fits, or all that is left. OpenAI's wording."""
         limit = f"This model's maximum context length is {self.context} tokens."
@@ -105,7 +123,15 @@ class Preprocess:
                 code="context_length_exceeded",
                 param=param,
             )
-        return replace(sampling, max_tokens=self.context - used if asked is None else asked)
+        most = self.context - used if asked is None else asked
+        if sampling.min_tokens > most:
+            raise StageError(
+                f"{limit} However, you requested at least {sampling.min_tokens} tokens after the {used} in the "
+                f"{param}. Please reduce min_tokens.",
+                code="context_length_exceeded",
+                param="min_tokens",
+            )
+        return replace(sampling, max_tokens=most)
 
 
 def _sampling(text: str | bytes | None) -> Sampling:

@@ -99,7 +99,7 @@ class BatchedEngine:
         sampling = request.sampling.with_seed()
         limit = min(context, length + (sampling.max_tokens or context))
         row = Row(request, (request.priority, next(self._numbers)), list(request.input_ids), limit)
-        row.draw = Draw(sampling, row.tokens, self.limits.eos_ids, request.constraint)
+        row.draw = Draw(sampling, request.input_ids, self.limits.eos_ids, request.constraint)
         if request.deadline is not None:
             self._dated.add(request.id)
         self._scheduler.submit(row)
@@ -160,7 +160,7 @@ class BatchedEngine:
         """The row's new token and whether it is the last one."""
         token = choice.token_id
         if token == BROKEN:
-            row.error = "the model's output is not a number"
+            row.error = row.draw.error or "the model's output is not a number"
             return self._failed(row)
         cached = row.cached_tokens if row.draw.generated == 0 else 0
         row.tokens.append(token)

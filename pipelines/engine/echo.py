@@ -1,59 +1,87 @@
 """An engine that repeats the prompt: for benches, fault tests, and trying clients without a model.
 
 Knows no torch and no model. Its pace is settable: a test can have a slow model, a bench one that is no cost.
+What it repeats is certain, log probability 0, so temperature, top_k, top_p and min_p change nothing; a request for
+what works on the scores of other tokens ends with an error.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle, islice
 
-from pipelines.engine import Counters, Limits, Output, Request
+from pipelines.engine import Counters, Limits, Logprob, Output, Request
+from pipelines.sampling import Sampling
 
+_IMPOSSIBLE = ("response_format", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _TICK_S = 0.001  # with a pace, how often it looks at most: a thousand streams must not mean a step per token
 
 
 class _Stream:
     """One running request: the tokens still to come and how they end."""
 
-    __slots__ = ("due_at", "ending", "id", "left", "stops_at", "tokens")
+    __slots__ = ("due_at", "ending", "id", "impossible", "left", "plain", "stops_at", "tokens", "top", "wants_logprobs")
 
     def __init__(self, request: Request, limits: Limits, now: float) -> None:
-        prompt = request.input_ids
+        prompt, sampling = request.input_ids, request.sampling
         room = max(0, limits.context - len(prompt))
-        wanted = request.sampling.max_tokens
-        if wanted is None:  # once through, then the end as a model would say it
-            answer = [*prompt, *sorted(limits.eos_ids)[:1]]
-            self.tokens = iter(answer)
-            self.left, self.ending = min(len(answer), room), "stop" if len(answer) <= room else "length"
+        wanted = sampling.max_tokens
+        self.tokens: Iterator[int]
+        if wanted is None and not sampling.ignore_eos:  # once through, then the end as a model would say it
+            length = max(len(prompt), sampling.min_tokens) if prompt else 0
+            end = sorted(limits.eos_ids)[:1]
+            self.tokens = chain(islice(cycle(prompt), length), end)
+            length += len(end)
+            self.left, self.ending = min(length, room), "stop" if length <= room else "length"
         else:
             self.tokens = cycle(prompt)
-            self.left, self.ending = min(wanted, room) if prompt else 0, "length"
+            self.left, self.ending = min(room if wanted is None else wanted, room) if prompt else 0, "length"
         self.id = request.id
         self.stops_at = request.stops_at
+        self.wants_logprobs, self.top = sampling.logprobs, min(1, sampling.top_logprobs)
+        self.impossible = _impossible(sampling)
+        self.plain = not (self.stops_at or self.wants_logprobs or self.impossible)
         self.due_at = now
 
     def take(self, count: int) -> Output:
         """The next `count` tokens, or as many as there are before an end."""
-        if self.stops_at is not None:
+        if not self.plain:
             return self._watched(count)
         token_ids = list(islice(self.tokens, count if count < self.left else self.left))
         self.left -= len(token_ids)
         return Output(self.id, token_ids, "" if self.left else self.ending)
 
     def _watched(self, count: int) -> Output:
-        token_ids: list[int] = []
+        output = Output(self.id)
+        if self.impossible:
+            output.finish_reason, output.error = "error", self.impossible
+            return output
         for token_id in islice(self.tokens, min(count, self.left)):
-            token_ids.append(token_id)
+            output.token_ids.append(token_id)
+            if self.wants_logprobs:
+                output.logprobs.append(Logprob(token_id, 0.0, [(token_id, 0.0)] * self.top))
             self.left -= 1
             try:
                 if self.stops_at is not None and self.stops_at(token_id):
-                    return Output(self.id, token_ids, "stop")
+                    output.finish_reason = "stop"
+                    return output
             except Exception as error:  # the end of this request, not of the engine
-                return Output(self.id, token_ids, "error", f"{type(error).__name__}: {error}")
-        return Output(self.id, token_ids, "" if self.left else self.ending)
+                output.finish_reason, output.error = "error", f"{type(error).__name__}: {error}"
+                return output
+        output.finish_reason = "" if self.left else self.ending
+        return output
+
+
+def _impossible(sampling: Sampling) -> str:
+    for name in _IMPOSSIBLE:
+        if getattr(sampling, name) != getattr(_DEFAULTS, name):
+            return f"'{name}' cannot be applied: the echo engine repeats the prompt and has no scores. Leave it out."
+    return ""
+
+
+_DEFAULTS = Sampling()
 
 
 class EchoEngine:
