@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway import protocol
+from gateway import objects
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.errors import ApiError, handle
@@ -52,7 +52,7 @@ def create_app(
 
 async def list_models(request: Request) -> Response:
     state = state_of(request.scope)
-    return _json(protocol.model_list(sorted(state["backend"].pipelines()), state["started"]))
+    return _json(objects.model_list(sorted(state["backend"].pipelines()), state["started"]))
 
 
 async def get_model(request: Request) -> Response:
@@ -60,7 +60,7 @@ async def get_model(request: Request) -> Response:
     name: str = request.path_params["id"]
     if name not in state["backend"].pipelines():
         raise model_not_found(name)
-    return _json(protocol.model_object(name, state["started"]))
+    return _json(objects.model_object(name, state["started"]))
 
 
 async def live(request: Request) -> Response:

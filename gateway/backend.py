@@ -5,12 +5,15 @@ Knows no HTTP and no Triton. `gateway.lane` implements it over gRPC; tests scrip
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+from pipelines import terms
+from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
+from pipelines.terms import Terms
 
 _NO_STAGES: Mapping[str, float] = MappingProxyType({})
 
@@ -21,9 +24,10 @@ class Submission:
 
     id: str  # unique among live requests, made from the x-request-id
     pipeline: str
-    inputs: Mapping[str, str]  # {"messages": json} or {"text": raw}
+    inputs: Mapping[str, str | list[int]]  # {"messages": json}, {"text": raw} or {"text_ids": token ids}
     sampling: str  # Sampling.to_json()
     traceparent: str | None
+    terms: Terms = terms.DEFAULT
 
 
 class Delta(NamedTuple):
@@ -34,6 +38,8 @@ class Delta(NamedTuple):
     prompt_tokens: int = 0  # set in the first (headers may go out then) and in the last
     completion_tokens: int = 0  # set in the last
     stages: Mapping[str, float] = _NO_STAGES  # ms by stage, in the last: for Server-Timing
+    logprobs: Sequence[list[Entry]] = ()  # each text's, where they are asked for
+    cached_tokens: int = 0  # of the prompt, set in the last
 
 
 class Stream(Protocol):

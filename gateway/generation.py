@@ -5,20 +5,27 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Sequence
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway import protocol
-from gateway.backend import Stream, Submission
-from gateway.connection import read_body, while_connected
+from gateway import objects, protocol
+from gateway.backend import Backend, Stream, Submission
+from gateway.choices import Choice, Merged, Totals
+from gateway.connection import header, read_body, while_connected
 from gateway.errors import ApiError, Failure, failure_of, log_failure
-from gateway.protocol import GenerationRequest, Head, Operation
+from gateway.objects import Head
+from gateway.protocol import GenerationRequest, Operation
 from gateway.report import Report
 from gateway.sse import Events, Written, write_stream
 from gateway.state import state_of
+from pipelines.errors import StageError
+from pipelines.terms import Terms
 
+TIMEOUT_HEADER = "x-request-timeout-ms"
+_TRACED_CHOICES = 2  # whose stages are in the trace: with all of them it would not fit on a screen
 _PROCESS = os.urandom(4).hex()
 _COUNT = itertools.count()
 
@@ -31,72 +38,138 @@ class Generation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = state_of(scope)
+        began = time.monotonic()
         with Report(scope, self.operation) as report:
+            timeout_ms = _timeout_ms(scope, state["settings"].max_timeout_ms)
             body = await read_body(scope, receive, state["settings"].max_body_bytes)
-            request = protocol.parse_request(self.operation, body)
+            request = protocol.parse_request(self.operation, body, state["settings"].max_choices)
             if request.model not in state["backend"].pipelines():
                 raise model_not_found(request.model)
             report.served(request)
-            await while_connected(receive, self._serve(request, report, scope, receive, send))
+            deadline = _Deadline(Terms(request.priority, timeout_ms), began)
+            await while_connected(receive, self._serve(request, deadline, report, scope, receive, send))
 
     async def _serve(
-        self, request: GenerationRequest, report: Report, scope: Scope, receive: Receive, send: Send
+        self,
+        request: GenerationRequest,
+        deadline: _Deadline,
+        report: Report,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         state = state_of(scope)
         admission = state["admission"]
         with report.admission(admission.depth):
-            await admission.acquire()
+            await admission.acquire(request.choices, deadline.left_s())
         try:
-            head = protocol.new_head(self.operation, request.model)
+            head = protocol.new_head(self.operation, request.model, stream=request.stream)
             with report.generation(request, head.id) as span:
-                submission = Submission(
-                    # Clients may repeat an x-request-id, even while the first is live.
-                    id=f"{report.request_id}.{_PROCESS}{next(_COUNT):x}",
-                    pipeline=request.model,
-                    inputs=request.inputs,
-                    sampling=request.sampling.to_json(),
-                    traceparent=span.traceparent,
-                )
-                stream = await state["backend"].submit(submission)
+                submissions = self._submissions(request, deadline.left(), report.request_id, span.traceparent)
+                deltas = Merged(await _submit(state["backend"], submissions))
                 try:
                     if request.stream:
-                        await self._stream(request, head, stream, report, send)
+                        await self._stream(request, head, deltas, report, send)
                     else:
-                        response = await self._whole(head, stream, report)
+                        response = await self._whole(request, head, deltas, report)
                         await response(scope, receive, send)
                 finally:
-                    stream.cancel()
+                    deltas.cancel()
         finally:
-            admission.release()
+            admission.release(request.choices)
 
-    async def _stream(self, request: GenerationRequest, head: Head, stream: Stream, report: Report, send: Send) -> None:
-        first = await stream.next()  # a request that the pipeline refuses fails here, before the headers
-        report.accepted(first)
+    def _submissions(
+        self, request: GenerationRequest, terms: Terms, request_id: str, traceparent: str | None
+    ) -> list[Submission]:
+        return [
+            Submission(
+                # Clients may repeat an x-request-id, even while the first is live.
+                id=f"{request_id}.{_PROCESS}{next(_COUNT):x}",
+                pipeline=request.model,
+                inputs=inputs,
+                sampling=sampling.to_json(),
+                traceparent=traceparent if index < _TRACED_CHOICES else None,
+                terms=terms,
+            )
+            for index, (inputs, sampling) in enumerate(request.asked())
+        ]
+
+    async def _stream(self, request: GenerationRequest, head: Head, deltas: Merged, report: Report, send: Send) -> None:
+        first = await deltas.accepted()  # a request that the pipeline refuses fails here, before the headers
+        report.accepted(first[0][1])
 
         def fail(error: Exception) -> Failure:
             failure = failure_of(error, report.request_id)
             log_failure(failure, error, report.request_id)
             return failure
 
-        events = Events(self.operation, head, request.include_usage)
-        written = Written()
+        choices = [Choice(self.operation, index) for index in range(request.choices)]
+        events = Events(self.operation, head, choices, include_usage=request.include_usage)
+        written = Written(Totals(request.n))
         with report.writing(written):
-            await write_stream(send, stream, first, events, written, fail)
+            await write_stream(send, deltas, first, events, written, fail)
 
-    async def _whole(self, head: Head, stream: Stream, report: Report) -> Response:
-        texts: list[str] = []
+    async def _whole(self, request: GenerationRequest, head: Head, deltas: Merged, report: Report) -> Response:
+        choices = [Choice(self.operation, index) for index in range(request.choices)]
+        totals = Totals(request.n)
         first_text_at = 0.0
+        arrivals = await deltas.accepted()
         while True:
-            delta = await stream.next()
-            if delta.texts:
-                first_text_at = first_text_at or time.perf_counter()
-                texts += delta.texts
-            if delta.finish_reason:
+            for index, delta in arrivals:
+                if delta.texts:
+                    first_text_at = first_text_at or time.perf_counter()
+                choices[index].keep(delta)
+                totals.add(index, delta)
+            if deltas.over:
                 break
-        report.generated(delta, first_text_at)
-        used = protocol.usage(delta.prompt_tokens, delta.completion_tokens)
-        answer = protocol.whole_response(self.operation, head, "".join(texts), delta.finish_reason, used)
-        return Response(orjson.dumps(answer), media_type="application/json")
+            arrivals = await deltas.next()
+        report.generated(totals, first_text_at)
+        used = objects.usage(totals.prompt_tokens, totals.completion_tokens, totals.cached_tokens)
+        told = [
+            choice.whole(reason, logprobs=request.sampling.logprobs)
+            for choice, reason in zip(choices, totals.finish_reasons, strict=True)
+        ]
+        return Response(orjson.dumps(objects.whole_response(head, told, used)), media_type="application/json")
+
+
+class _Deadline:
+    """What a request gave itself, counted from its first byte."""
+
+    def __init__(self, terms: Terms, began: float) -> None:
+        self._terms = terms
+        self._began = began
+
+    def left(self) -> Terms:
+        """Raises StageError, `timeout`, when nothing is."""
+        return self._terms.after(time.monotonic() - self._began)
+
+    def left_s(self) -> float | None:
+        timeout_ms = self.left().timeout_ms
+        return None if timeout_ms is None else timeout_ms / 1000
+
+
+async def _submit(backend: Backend, submissions: Sequence[Submission]) -> list[Stream]:
+    """All of them, or none."""
+    streams: list[Stream] = []
+    try:
+        for submission in submissions:
+            streams.append(await backend.submit(submission))
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams
+
+
+def _timeout_ms(scope: Scope, most: int) -> int | None:
+    text = header(scope, TIMEOUT_HEADER.encode())
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and int(text[:20])):
+        raise StageError(
+            f"The header {TIMEOUT_HEADER} must be a number of milliseconds, 1 or more.", param=TIMEOUT_HEADER
+        )
+    return min(int(text[:20]), most)
 
 
 def model_not_found(name: str) -> ApiError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -22,6 +23,7 @@ from observability import metrics
 from pipelines import contracts, wire
 from pipelines.chat import Event
 from pipelines.errors import StageError
+from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -70,8 +72,11 @@ class LaneStream:
         delta = self._deltas.popleft()
         while self._deltas:
             later = self._deltas.popleft()
-            prompt_tokens = delta.prompt_tokens or later.prompt_tokens
-            delta = later._replace(texts=delta.texts + later.texts, prompt_tokens=prompt_tokens)
+            delta = later._replace(
+                texts=delta.texts + later.texts,
+                prompt_tokens=delta.prompt_tokens or later.prompt_tokens,
+                logprobs=_side_by_side(delta, later) if delta.logprobs or later.logprobs else (),
+            )
         return delta
 
     def cancel(self) -> None:
@@ -84,9 +89,8 @@ class LaneStream:
             self.fail(event.error)
             return
         self._ended = bool(event.finish_reason)
-        self._deltas.append(
-            Delta(event.texts, event.finish_reason, event.prompt_tokens, event.completion_tokens, event.stages)
-        )
+        _, texts, reason, prompt_tokens, completion_tokens, stages, _, logprobs, cached_tokens = event
+        self._deltas.append(Delta(texts, reason, prompt_tokens, completion_tokens, stages, logprobs, cached_tokens))
         self._notify()
 
     def fail(self, error: StageError) -> None:
@@ -96,6 +100,11 @@ class LaneStream:
     def _notify(self) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _side_by_side(*deltas: Delta) -> list[list[Entry]]:
+    """The entries of each text; a text that came without any has none."""
+    return [entries for delta in deltas for entries in delta.logprobs or [[] for _ in delta.texts]]
 
 
 class Lane:
@@ -127,11 +136,11 @@ class Lane:
         if not self.ready:
             raise StageError(f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable")
         stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel, self._accept_timeout_s)
-        parameters = {"listener": self._listener, contracts.OPERATION: "submit"}
+        parameters: dict[str, str | int] = {"listener": self._listener, contracts.OPERATION: "submit"}
         if submission.traceparent:
             parameters["traceparent"] = submission.traceparent
-        texts = {**submission.inputs, contracts.SAMPLING.name: submission.sampling}
-        self._send(submission.id, parameters, texts)
+        inputs = {**submission.inputs, contracts.SAMPLING.name: submission.sampling}
+        self._send(submission.id, {**parameters, **submission.terms.parameters()}, inputs)
         return stream
 
     async def run(self) -> None:
@@ -199,14 +208,23 @@ class Lane:
         self._streams.pop(id, None)
         self._send("", {"listener": self._listener, contracts.OPERATION: "cancel", "id": id})
 
-    def _send(self, id: str, parameters: Mapping[str, str], texts: Mapping[str, str] | None = None) -> None:
+    def _send(
+        self, id: str, parameters: Mapping[str, str | int], inputs: Mapping[str, str | list[int]] | None = None
+    ) -> None:
         request = service_pb2.ModelInferRequest(model_name=self._model, id=id)
         for key, value in parameters.items():
-            request.parameters[key].string_param = value
-        for name, text in (texts or {}).items():
-            request.inputs.add(name=name, datatype="BYTES", shape=[1])
-            data = text.encode()
-            request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
+            if isinstance(value, str):
+                request.parameters[key].string_param = value
+            else:
+                request.parameters[key].int64_param = value
+        for name, given in (inputs or {}).items():
+            if isinstance(given, str):
+                request.inputs.add(name=name, datatype="BYTES", shape=[1])
+                data = given.encode()
+                request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
+            else:
+                request.inputs.add(name=name, datatype="INT64", shape=[len(given)])
+                request.raw_input_contents.append(struct.pack(f"<{len(given)}q", *given))
         self._out.put_nowait(request)
 
     def _take(self, response: Any) -> None:

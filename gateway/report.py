@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import Scope
 
 from gateway.backend import Delta
+from gateway.choices import Totals
 from gateway.connection import header
 from gateway.errors import ClientGone, Failure, failure_of
 from gateway.protocol import GenerationRequest, Operation
@@ -36,10 +37,11 @@ class Report:
         self._timings = state["timings"]
         self._operation = operation
         self._pipeline = ""  # until it is known to be one of the catalog's: an unknown name is never a label
+        self._choices = 1
         self._began = time.perf_counter()
         self._submitted = self._began
         self._first_text_at = 0.0
-        self._last: Delta | None = None
+        self._totals: Totals | None = None
         self._failure: Failure | None = None
         self._chat: Span = NO_SPAN
         self._server = tracing.start(
@@ -76,6 +78,7 @@ class Report:
     def served(self, request: GenerationRequest) -> None:
         """The model is one of those served."""
         self._pipeline = request.model
+        self._choices = request.choices
 
     @contextmanager
     def admission(self, depth: int) -> Iterator[None]:
@@ -134,37 +137,41 @@ class Report:
                 if written.failure:
                     self._failure = written.failure
                     _mark(self._chat, written.failure)
-                self.generated(written.last, written.first_text_at)
+                self.generated(written.totals, written.first_text_at)
 
-    def generated(self, last: Delta | None, first_text_at: float) -> None:
-        """What the pipeline made: all of it if there is a last delta."""
-        self._last, self._first_text_at = last, first_text_at
+    def generated(self, totals: Totals, first_text_at: float) -> None:
+        """What the pipeline made: all of it if every choice has a last delta."""
+        self._first_text_at = first_text_at
         if first_text_at:
             self._chat.set({"gen_ai.response.time_to_first_chunk": first_text_at - self._began})
-        if last:
-            self._timings.update(last.stages)
+        if len(totals.last) == self._choices:
+            self._totals = totals
+            self._timings.update(totals.stages)
             self._chat.set(
                 {
-                    "gen_ai.response.finish_reasons": [last.finish_reason],
-                    "gen_ai.usage.input_tokens": last.prompt_tokens,
-                    "gen_ai.usage.output_tokens": last.completion_tokens,
+                    "gen_ai.response.finish_reasons": totals.finish_reasons,
+                    "gen_ai.usage.input_tokens": totals.prompt_tokens,
+                    "gen_ai.usage.output_tokens": totals.completion_tokens,
+                    "gen_ai.usage.cache_read.input_tokens": totals.cached_tokens,
                 }
             )
 
     def _count(self, status: int, reason: str) -> None:
         """The metrics and the log line, once, at the end."""
         ended = time.perf_counter()
-        pipeline, operation, last = self._pipeline, self._operation.name, self._last
+        pipeline, operation, totals = self._pipeline, self._operation.name, self._totals
         metrics.REQUEST_SECONDS.labels(pipeline, operation, str(status)).observe(ended - self._began)
         if pipeline and reason:
             metrics.ABORTED.labels(pipeline, reason).inc()
         if self._first_text_at:
             metrics.FIRST_TOKEN_SECONDS.labels(pipeline).observe(self._first_text_at - self._began)
-        if last:
-            metrics.PROMPT_TOKENS.labels(pipeline).inc(last.prompt_tokens)
-            metrics.OUTPUT_TOKENS.labels(pipeline).inc(last.completion_tokens)
-            if last.completion_tokens > 1 and self._first_text_at:
-                seconds = (ended - self._first_text_at) / (last.completion_tokens - 1)
+        if totals:
+            metrics.PROMPT_TOKENS.labels(pipeline).inc(totals.prompt_tokens)
+            metrics.CACHED_PROMPT_TOKENS.labels(pipeline).inc(totals.cached_tokens)
+            metrics.OUTPUT_TOKENS.labels(pipeline).inc(totals.completion_tokens)
+            each = totals.completion_tokens / len(totals.last)  # its choices come at once
+            if each > 1 and self._first_text_at:
+                seconds = (ended - self._first_text_at) / (each - 1)
                 metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(pipeline).observe(seconds)
         if log.isEnabledFor(logging.INFO):
             log.info(
@@ -178,8 +185,8 @@ class Report:
                     "status": status,
                     "reason": reason or None,
                     "duration_ms": round((ended - self._began) * 1000, 3),
-                    "prompt_tokens": last.prompt_tokens if last else None,
-                    "output_tokens": last.completion_tokens if last else None,
+                    "prompt_tokens": totals.prompt_tokens if totals else None,
+                    "output_tokens": totals.completion_tokens if totals else None,
                 },
             )
 
@@ -229,9 +236,13 @@ def _gen_ai_attributes(operation: str, request: GenerationRequest, response_id: 
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.top_k": sampling.top_k or None,
+        "gen_ai.request.presence_penalty": sampling.presence_penalty or None,
+        "gen_ai.request.frequency_penalty": sampling.frequency_penalty or None,
         "gen_ai.request.seed": sampling.seed,
         "gen_ai.request.stop_sequences": list(sampling.stop) or None,
         "gen_ai.request.stream": request.stream,
+        "gen_ai.request.choice.count": request.choices if request.choices > 1 else None,
         "gen_ai.response.id": response_id,
         "gen_ai.response.model": request.model,
         "enduser.id": request.user,

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from pipelines.terms import MAX_TIMEOUT_MS
+
 PREFIX = "TRIPTYCH_"
 
 
@@ -24,8 +26,10 @@ class Settings:
     port: int = 8080
     triton_grpc: str = "127.0.0.1:8001"
     max_body_bytes: int = 1024 * 1024
-    max_concurrency: int = 512  # requests with the pipelines at once
+    max_concurrency: int = 512  # choices with the pipelines at once
     max_queue: int = 1024  # requests that wait for their turn; one more is refused
+    max_choices: int = 16  # of one request: n of each prompt
+    max_timeout_ms: int = 3_600_000  # the longest that a request may give itself; a longer one is cut to it
     accept_timeout_s: int = 30  # for a pipeline to take a request: preprocess, which takes milliseconds
 
     def __post_init__(self) -> None:
@@ -35,6 +39,8 @@ class Settings:
         self._check("triton_grpc", bool(name) and port.isdecimal(), "HOST:PORT")
         self._check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         self._check("max_concurrency", self.max_concurrency >= 1, "1 or more")
+        self._check("max_choices", self.max_choices >= 1, "1 or more")
+        self._check("max_timeout_ms", 1 <= self.max_timeout_ms <= MAX_TIMEOUT_MS, f"1 to {MAX_TIMEOUT_MS}")
         self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
 

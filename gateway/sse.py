@@ -7,17 +7,19 @@ is cancelled then. One delta is one `send`, whatever the number of its events: t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from starlette.types import Send
 
-from gateway import protocol
-from gateway.backend import Delta, Stream
+from gateway import objects
+from gateway.backend import Delta
+from gateway.choices import Arrival, Choice, Merged, Totals
 from gateway.errors import Failure
-from gateway.protocol import Head, Operation
+from gateway.objects import Head, Held
+from gateway.protocol import Operation
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -28,6 +30,7 @@ HEADERS = [
 BLOCKED_S = 0.001  # a send that takes longer waited for the client; a shorter one only wrote
 _LINE_BREAKS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029"]
 _MARK = "\0"  # a text that no name, id or number of a chunk contains
+_MARKED = orjson.dumps(_MARK)
 
 
 def event(value: Any) -> bytes:
@@ -46,79 +49,82 @@ def quote(value: Any) -> bytes:
 
 
 class Events:
-    """The events of one stream. What the chunks of text have in common is made once."""
+    """The events of one stream. What the chunks of text of a choice have in common is made once."""
 
-    def __init__(self, operation: Operation, head: Head, include_usage: bool) -> None:
+    def __init__(self, operation: Operation, head: Head, choices: Sequence[Choice], *, include_usage: bool) -> None:
         self._operation = operation
         self._head = head
+        self._choices = choices
         self._include_usage = include_usage
-        whole = event(protocol.chunk(operation, head, operation.piece(_MARK), usage_null=include_usage))
-        self._prefix, self._suffix = whole.split(orjson.dumps(_MARK))
+        self._around = [self._chunk(choice.index, operation.piece(_MARK)).split(_MARKED) for choice in choices]
 
     def opening(self) -> bytes:
         """OpenAI: a chat's first chunk says who speaks; a completion has none such."""
         held = self._operation.opening
-        if held is None:
-            return b""
-        return event(protocol.chunk(self._operation, self._head, held, usage_null=self._include_usage))
+        return b"" if held is None else b"".join([self._chunk(choice.index, held) for choice in self._choices])
 
-    def texts(self, texts: list[str]) -> bytes:
-        """One event a text."""
-        prefix, suffix = self._prefix, self._suffix
-        if len(texts) == 1 and texts[0]:
-            return prefix + quote(texts[0]) + suffix
-        return b"".join([prefix + quote(text) + suffix for text in texts if text])
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """One event a text, and the one with the finish_reason if there is one."""
+        pieces = self._choices[index].push(delta)
+        if len(pieces) == 1 and not delta.finish_reason:
+            return self._piece(index, pieces[0])
+        data = b"".join([self._piece(index, piece) for piece in pieces])
+        if delta.finish_reason:
+            data += self._chunk(index, self._operation.closing, delta.finish_reason)
+        return data
 
-    def closing(self, last: Delta) -> bytes:
-        """The chunk with the finish_reason, the usage if it was asked for, and [DONE]."""
-        operation, head = self._operation, self._head
-        data = event(
-            protocol.chunk(
-                operation,
-                head,
-                operation.closing,
-                finish_reason=last.finish_reason,
-                usage_null=self._include_usage,
-            )
-        )
-        if self._include_usage:
-            used = protocol.usage(last.prompt_tokens, last.completion_tokens)
-            data += event(protocol.usage_chunk(operation, head, used))
-        return data + DONE
+    def closing(self, totals: Totals) -> bytes:
+        """The usage, if it was asked for, and [DONE]."""
+        if not self._include_usage:
+            return DONE
+        used = objects.usage(totals.prompt_tokens, totals.completion_tokens, totals.cached_tokens)
+        return event(objects.usage_chunk(self._head, used)) + DONE
 
     @staticmethod
     def error(failure: Failure) -> bytes:
         """The last event of a stream that failed: no [DONE] follows. The official client raises APIError."""
         return event(failure.body())
 
+    def _piece(self, index: int, piece: str | Held) -> bytes:
+        if not isinstance(piece, str):
+            return self._chunk(index, piece)
+        if not piece:
+            return b""
+        prefix, suffix = self._around[index]
+        return prefix + quote(piece) + suffix
+
+    def _chunk(self, index: int, held: Held, finish_reason: str | None = None) -> bytes:
+        usage_null = self._include_usage
+        return event(objects.chunk(self._head, index, held, finish_reason=finish_reason, usage_null=usage_null))
+
 
 @dataclass
 class Written:
     """What a stream's writing came to."""
 
+    totals: Totals
     events: int = 0
     bytes: int = 0
     blocked_s: float = 0.0
     first_text_at: float = 0.0  # time.perf_counter, 0 before
-    last: Delta | None = None
     failure: Failure | None = None
 
 
 async def write_stream(
     send: Send,
-    stream: Stream,
-    first: Delta,
+    deltas: Merged,
+    first: Sequence[Arrival],
     events: Events,
     written: Written,
     fail: Callable[[Exception], Failure],
 ) -> None:
-    """Sends the headers, the first delta's events, then each delta's as it comes.
+    """Sends the headers, the first deltas' events, then each as it comes.
 
-    A failure of the stream is its last event. `written` says how far it came, whenever it ends.
+    A failure of a choice is the stream's last event. `written` says how far it came, whenever it ends.
     """
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
     try:
-        end = await _write_deltas(send, stream, first, events, written)
+        end = await _write_deltas(send, deltas, first, events, written)
     except Exception as error:
         written.failure = fail(error)
         end = Events.error(written.failure)
@@ -126,19 +132,22 @@ async def write_stream(
     written.bytes += len(end)
 
 
-async def _write_deltas(send: Send, stream: Stream, delta: Delta, events: Events, written: Written) -> bytes:
-    """Sends all but the last delta's events, and returns those: the body's end is then in the same `send`."""
+async def _write_deltas(
+    send: Send, deltas: Merged, arrivals: Sequence[Arrival], events: Events, written: Written
+) -> bytes:
+    """Sends all but the last deltas' events, and returns those: the body's end is then in the same `send`."""
     clock = time.perf_counter
     data = events.opening()
     while True:
-        texts = delta.texts
-        data += events.texts(texts)
-        written.events += len(texts)
-        if texts and not written.first_text_at:
-            written.first_text_at = clock()
-        if delta.finish_reason:
-            written.last = delta
-            return data + events.closing(delta)
+        for index, delta in arrivals:
+            data += events.delta(index, delta)
+            written.events += len(delta.texts)
+            if delta.texts and not written.first_text_at:
+                written.first_text_at = clock()
+            if delta.finish_reason:
+                written.totals.add(index, delta)
+        if deltas.over:
+            return data + events.closing(written.totals)
         if data:
             written.bytes += len(data)
             before = clock()
@@ -147,4 +156,4 @@ async def _write_deltas(send: Send, stream: Stream, delta: Delta, events: Events
             if waited > BLOCKED_S:
                 written.blocked_s += waited
         data = b""
-        delta = await stream.next()
+        arrivals = await deltas.next()

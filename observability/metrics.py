@@ -73,6 +73,9 @@ TIME_PER_OUTPUT_TOKEN_SECONDS = Histogram(
 PROMPT_TOKENS = Counter(
     "triptych_prompt_tokens", "Tokens of the prompts of finished requests.", ["pipeline"], registry=REGISTRY
 )
+CACHED_PROMPT_TOKENS = Counter(
+    "triptych_cached_prompt_tokens", "Those of them that were not computed again.", ["pipeline"], registry=REGISTRY
+)
 OUTPUT_TOKENS = Counter("triptych_output_tokens", "Tokens sent to clients.", ["pipeline"], registry=REGISTRY)
 IN_FLIGHT = Gauge(
     "triptych_requests_in_flight", "Requests admitted and not yet answered.", ["pipeline"], registry=REGISTRY

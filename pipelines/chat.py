@@ -11,58 +11,89 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from pipelines import terms
 from pipelines.errors import StageError
-from pipelines.generate import Poll, Row
 from pipelines.sampling import Sampling
+from pipelines.terms import Terms
+
+if TYPE_CHECKING:  # not for the sake of a name: postprocess needs no engine
+    from pipelines.engine import Logprob
+    from pipelines.generate import Poll, Row
+    from pipelines.logprobs import Entry
 
 
-@dataclass(frozen=True)
-class Window:
-    """One request's input to postprocess: the ids that may still matter, and how many of them are new."""
+_NONE: Mapping[str, float] = MappingProxyType({})
+
+
+class Window(NamedTuple):
+    """One request's input to postprocess: the ids that may still matter, and how many of them are new.
+
+    `logprobs` are of the last of them, where they are asked for: those that have not gone out with their text.
+    """
 
     ids: list[int]
     new: int
     sent: int
     stop: Sequence[str]
     final: bool
+    logprobs: Sequence[Logprob] = ()
 
 
-@dataclass(frozen=True)
-class Text:
-    """Its output: the texts to send (one, or one for each new id), how many ids to forget, and `sent` to keep."""
+class Text(NamedTuple):
+    """Its output: the texts to send (one, or one for each new id), how many ids to forget, and `sent` to keep.
+
+    `stopped`: a stop string is complete. `logprobs`: the entries of each text, where they are asked for; the first
+    `told` of those that waited are then to be forgotten.
+    """
 
     texts: list[str]
     drop: int
     sent: int
+    stopped: bool = False
+    logprobs: Sequence[list[Entry]] = ()
+    told: int = 0
 
 
-@dataclass(frozen=True)
-class Event:
-    """What a listener hears of one request. The first carries `prompt_tokens`, the last `finish_reason` or `error`."""
+class Event(NamedTuple):
+    """What a listener hears of one request. The first carries `prompt_tokens`, the last `finish_reason` or `error`.
+
+    `logprobs` are the entries of each of the texts, where they are asked for.
+    """
 
     id: str
     texts: list[str]
     finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    stages: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, float] = _NONE
     error: StageError | None = None
+    logprobs: Sequence[list[Entry]] = ()
+    cached_tokens: int = 0
 
     @property
     def last(self) -> bool:
         return bool(self.finish_reason or self.error)
 
 
+def finish_reason_of(engines: str, stopped: bool) -> str:
+    """The engine goes by settled text: only the very end of an answer that it cut off may show a stop string."""
+    return "stop" if stopped and engines == "length" else engines
+
+
+Inputs: TypeAlias = "Mapping[str, str | Sequence[int]]"  # by tensor: text, or ids
+
+
 class Stages(Protocol):
     """The three stages, as this module calls them. Each raises StageError."""
 
-    def preprocess(
-        self, inputs: Mapping[str, str], sampling: str, traceparent: str | None
-    ) -> tuple[Sequence[int], str]: ...
+    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> tuple[Sequence[int], str]: ...
 
-    def submit(self, id: str, input_ids: Sequence[int], sampling: str, traceparent: str | None) -> None: ...
+    def submit(
+        self, id: str, input_ids: Sequence[int], sampling: str, asked: Terms, traceparent: str | None
+    ) -> None: ...
 
     def poll(self, wait_s: float) -> Poll: ...
 
@@ -104,8 +135,10 @@ class _Live:
     announced: bool = False
     cancelled: bool = False
     completion_tokens: int = 0
+    cached_tokens: int = 0
     window: list[int] = field(default_factory=list)
     sent: int = 0
+    logprobs: list[Logprob] = field(default_factory=list)  # of the window's last ids, not told yet
     preprocess_ms: float = 0
     text_calls: int = 0
     text_busy_ns: int = 0
@@ -149,7 +182,7 @@ class Chat:
                 raise StageError(f"request {id!r} is running already", stage="orchestrator")
             self._live[handle] = _Live(id, sink, traceparent=traceparent)
 
-    def start(self, handle: str, inputs: Mapping[str, str], sampling: str) -> None:
+    def start(self, handle: str, inputs: Inputs, sampling: str, asked: Terms = terms.DEFAULT) -> None:
         """Preprocess and submit an admitted request; whatever goes wrong, its sink is told."""
         with self._lock:
             live = self._live.get(handle)
@@ -160,7 +193,7 @@ class Chat:
             input_ids, resolved = self._stages.preprocess(inputs, sampling, live.traceparent)
             live.preprocess_ms = (time.perf_counter() - started) * 1e3
             live.stop, live.prompt_tokens = Sampling.from_json(resolved).stop, len(input_ids)
-            self._stages.submit(handle, input_ids, resolved, live.traceparent)
+            self._stages.submit(handle, input_ids, resolved, asked, live.traceparent)
         except StageError as error:
             with self._lock:
                 self._live.pop(handle, None)
@@ -204,12 +237,14 @@ class Chat:
         for row, live in claimed:
             live.window += row.output_ids
             live.completion_tokens += len(row.output_ids)
+            live.cached_tokens += row.cached_tokens
+            live.logprobs += row.logprobs
         return claimed
 
     def _texts(self, claimed: Sequence[tuple[Row, _Live]]) -> list[Text | StageError]:
         """One postprocess call for all; its failure is everybody's."""
         windows = [
-            Window(live.window, len(row.output_ids), live.sent, live.stop, bool(row.finish_reason))
+            Window(live.window, len(row.output_ids), live.sent, live.stop, bool(row.finish_reason), live.logprobs)
             for row, live in claimed
         ]
         started_ns = time.time_ns()
@@ -226,6 +261,7 @@ class Chat:
             if isinstance(text, Text):
                 del live.window[: text.drop]
                 live.sent = text.sent
+                del live.logprobs[: text.told]
         return texts
 
     def _event(self, row: Row, live: _Live, text: Text | StageError) -> Event:
@@ -234,13 +270,25 @@ class Chat:
         error = text if isinstance(text, StageError) else None
         if row.finish_reason == "error":
             error = StageError(row.error, code="internal", stage="generate")
-        texts = text.texts if isinstance(text, Text) else []
+        elif row.finish_reason == "timeout":
+            error = terms.time_is_up("generate")
+        texts, logprobs = (text.texts, text.logprobs) if isinstance(text, Text) else ([], ())
         if not (row.finish_reason or error):
-            return Event(live.id, texts, prompt_tokens=live.prompt_tokens if first else 0)
+            return Event(live.id, texts, prompt_tokens=live.prompt_tokens if first else 0, logprobs=logprobs)
         self._end(row, live)
-        stages = {"preprocess": live.preprocess_ms, **row.stages, "postprocess": live.text_busy_ns / 1e6}
-        reason = "" if error else row.finish_reason
-        return Event(live.id, texts, reason, live.prompt_tokens, live.completion_tokens, stages, error)
+        stopped = isinstance(text, Text) and text.stopped
+        reason = "" if error else finish_reason_of(row.finish_reason, stopped)
+        return Event(
+            live.id,
+            texts,
+            reason,
+            live.prompt_tokens,
+            live.completion_tokens,
+            {"preprocess": live.preprocess_ms, **row.stages, "postprocess": live.text_busy_ns / 1e6},
+            error,
+            logprobs,
+            live.cached_tokens,
+        )
 
     def _end(self, row: Row, live: _Live) -> None:
         """The request's last event is on its way: forget it, and have generate do so if it does not know yet."""

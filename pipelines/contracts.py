@@ -31,12 +31,14 @@ Values = Mapping[Tensor, Any]  # what a model is given or answers: text as str o
 PROMPT = Tensor("prompt", "TYPE_STRING", (1,), optional=True)  # one user message
 MESSAGES = Tensor("messages", "TYPE_STRING", (1,), optional=True)  # OpenAI messages as JSON
 TEXT = Tensor("text", "TYPE_STRING", (1,), optional=True)  # raw text to continue, no chat template
+TEXT_IDS = Tensor("text_ids", "TYPE_INT64", (-1,), optional=True)  # the same as token ids, taken as they are
 IMAGE = Tensor("image", "TYPE_UINT8", (-1,), optional=True)  # reserved: encoded bytes of one image
 SAMPLING = Tensor("sampling", "TYPE_STRING", (1,), optional=True)  # JSON with the OpenAI names
 INPUT_IDS = Tensor("input_ids", "TYPE_INT64", (-1,))
 OUTPUT_IDS = Tensor("output_ids", "TYPE_INT64", (-1,))
 FINISH_REASON = Tensor("finish_reason", "TYPE_STRING", (1,))
 GENERATED_TEXT = Tensor("generated_text", "TYPE_STRING", (1,))
+LOGPROBS = Tensor("logprobs", "TYPE_STRING", (1,))  # JSON, if they were asked for: an entry a token of the text
 ROWS = Tensor("rows", "TYPE_STRING", (1,))  # JSON, one entry a request: what a merged message says beside its token ids
 EVENTS = Tensor("events", "TYPE_STRING", (1,))  # JSON: one lane message
 
@@ -76,12 +78,22 @@ class Model:
     steps: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = ()
 
 
-REQUEST = (PROMPT, MESSAGES, TEXT, IMAGE, SAMPLING)  # what the ensemble, the orchestrator and preprocess all take
+REQUEST = (
+    PROMPT,
+    MESSAGES,
+    TEXT,
+    TEXT_IDS,
+    IMAGE,
+    SAMPLING,
+)  # what the ensemble, the orchestrator and preprocess all take
 
 MODELS = {
     "preprocess": Model(REQUEST, (INPUT_IDS, optional(SAMPLING))),
     "generate": Model((optional(INPUT_IDS), SAMPLING), (OUTPUT_IDS, FINISH_REASON, ROWS)),
-    "postprocess": Model((OUTPUT_IDS, SAMPLING, optional(ROWS)), (GENERATED_TEXT, ROWS)),
+    # The finish reason passes through it: only the text says whether the very end of an answer is a stop string.
+    "postprocess": Model(
+        (OUTPUT_IDS, SAMPLING, optional(FINISH_REASON), optional(ROWS)), (GENERATED_TEXT, FINISH_REASON, ROWS)
+    ),
     "ensemble": Model(
         REQUEST,
         (GENERATED_TEXT, FINISH_REASON),
@@ -94,16 +106,20 @@ MODELS = {
             (
                 "generate",
                 {"input_ids": "input_ids", "sampling": "resolved_sampling"},
-                {"output_ids": "output_ids", "finish_reason": "finish_reason"},
+                {"output_ids": "output_ids", "finish_reason": "engine_finish_reason"},
             ),
             (
                 "postprocess",
-                {"output_ids": "output_ids", "sampling": "resolved_sampling"},
-                {"generated_text": "generated_text"},
+                {
+                    "output_ids": "output_ids",
+                    "sampling": "resolved_sampling",
+                    "finish_reason": "engine_finish_reason",
+                },
+                {"generated_text": "generated_text", "finish_reason": "finish_reason"},
             ),
         ),
     ),
-    "orchestrator": Model(REQUEST, (GENERATED_TEXT, FINISH_REASON, EVENTS), decoupled=True),
+    "orchestrator": Model(REQUEST, (GENERATED_TEXT, FINISH_REASON, LOGPROBS, EVENTS), decoupled=True),
 }
 
 

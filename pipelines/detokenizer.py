@@ -35,7 +35,7 @@ class Stream(Protocol):
 
     `context`: how many of the last ids are needed to decode what follows, and how many characters a stream that
     begins with them gives again; None if only the whole will do. `started`: an id has counted as the answer's
-    first.
+    first. `pending`: an id has been told whose text is not settled.
     """
 
     @property
@@ -43,6 +43,12 @@ class Stream(Protocol):
 
     @property
     def context(self) -> tuple[int, int] | None: ...
+
+    @property
+    def pending(self) -> bool: ...
+
+    def spell(self, token_id: int) -> bytes | None:
+        """What this id would add to the text, as UTF-8, if it came now; None if it is no text (a special token)."""
 
     def push(self, token_id: int) -> str:
         """The text that this id settles: it cannot change whatever follows."""
@@ -85,6 +91,10 @@ def load(tokenizer: Tokenizer) -> Detokenizer:
     if kinds in ([], ["Metaspace"], ["WordPiece"]):
         return _first(tokenizer.decoder, token)
     return _whole(tokenizer)
+
+
+def _data(entry: Entry) -> bytes | None:
+    return entry.encode() if isinstance(entry, str) else entry
 
 
 def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -151,6 +161,13 @@ class LossyStream:
         # Read afresh, the bytes before the character's are other characters, but the character's are the same: its
         # first byte is never the continuation of anything.
         return (self._ids, len(self._before.decode("utf-8", "replace"))) if self._tail else (0, 0)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._tail)
+
+    def spell(self, token_id: int) -> bytes | None:
+        return _data(self._table[token_id])
 
     def push(self, token_id: int) -> str:
         entry = self._table[token_id]
@@ -225,6 +242,14 @@ class RunStream:
             return None
         return (self._ids, 0) if self._run else (0, 0)
 
+    @property
+    def pending(self) -> bool:
+        return bool(self._run)
+
+    def spell(self, token_id: int) -> bytes | None:
+        entry = self._table[token_id]
+        return _data(self._trim(entry)[0] if isinstance(entry, str) and not self._run else entry)
+
     def push(self, token_id: int) -> str:
         entry = self._table[token_id]
         self._ids = self._ids + 1 if self._run else 1
@@ -248,14 +273,19 @@ class RunStream:
 
     def _cut(self, text: str) -> str:
         """Strip the start of the answer: at most `cut` times, and only until something else comes."""
-        while self._cuts and text:
-            self._fresh = False
-            if not text.startswith(self._fill):
-                self._cuts = 0
-                break
-            text = text[len(self._fill) :]
-            self._cuts -= 1
+        self._fresh = self._fresh and not text
+        text, self._cuts = self._trim(text)
         return text
+
+    def _trim(self, text: str) -> tuple[str, int]:
+        """The text without what is cut from it, and how many cuts are left then."""
+        cuts = self._cuts
+        while cuts and text:
+            if not text.startswith(self._fill):
+                return text, 0
+            text = text[len(self._fill) :]
+            cuts -= 1
+        return text, cuts
 
 
 def _first(decoder: Decoder | None, token: Callable[[int], str | None]) -> Detokenizer:
@@ -281,11 +311,15 @@ def _first(decoder: Decoder | None, token: Callable[[int], str | None]) -> Detok
 
 class FirstStream:
     context = (0, 0)
+    pending = False
 
     def __init__(self, first: Table, later: Table, started: bool) -> None:
         self._first = first
         self._later = later
         self.started = started
+
+    def spell(self, token_id: int) -> bytes | None:
+        return _data((self._later if self.started else self._first)[token_id])
 
     def push(self, token_id: int) -> str:
         entry = (self._later if self.started else self._first)[token_id]
@@ -299,7 +333,8 @@ class FirstStream:
 
 
 def _whole(tokenizer: Tokenizer) -> Detokenizer:
-    return Detokenizer(Table(lambda token_id: None), False, lambda started: WholeStream(tokenizer))
+    token = _visible(tokenizer)
+    return Detokenizer(Table(lambda token_id: None), False, lambda started: WholeStream(tokenizer, token))
 
 
 class WholeStream:
@@ -307,13 +342,22 @@ class WholeStream:
 
     started = False
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, token: Callable[[int], str | None]) -> None:
         self._tokenizer = tokenizer
+        self._token = token
         self._ids: list[int] = []
 
     @property
     def context(self) -> tuple[int, int] | None:
         return None
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._ids)
+
+    def spell(self, token_id: int) -> bytes | None:
+        """By itself: what it becomes among others is not known."""
+        return None if self._token(token_id) is None else str(self._tokenizer.decode([token_id])).encode()
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)

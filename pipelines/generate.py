@@ -12,15 +12,18 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from observability import tracing
-from pipelines.engine import Constraint, Engine, Output, Request
+from pipelines import terms
+from pipelines.engine import Constraint, Engine, Logprob, Output, Request
 from pipelines.errors import StageError
 from pipelines.sampling import Sampling
 from pipelines.structure import Structure
+from pipelines.terms import Terms
 
 # What a poll carries at most, shared by its requests; the rest waits for the next poll, a millisecond later. It
 # bounds a message, and with it the time a request waits behind others, when an engine outruns its reader by far.
@@ -38,15 +41,19 @@ class Answer:
     finish_reason: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """One request's share of a poll. `stages` (ms) comes with `finish_reason`, in the last."""
+class Row(NamedTuple):
+    """One request's share of a poll. `stages` (ms) comes with `finish_reason`, in the last.
+
+    `cached_tokens` comes with the first token. `logprobs` has an entry a token where they are asked for.
+    """
 
     id: str
     output_ids: list[int]
     finish_reason: str = ""
     error: str = ""
-    stages: dict[str, float] = field(default_factory=dict)
+    stages: Mapping[str, float] = MappingProxyType({})
+    cached_tokens: int = 0
+    logprobs: Sequence[Logprob] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,9 @@ class _Work:
     answer: Callable[[Answer | StageError], None] | None  # None: the mailbox
     arrived_ns: int
     output_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    cached_tokens: int = 0
+    untold_cached: int = 0
     finish_reason: str = ""
     error: str = ""
     prefill_ns: int = 0
@@ -80,6 +90,17 @@ class _Work:
             "prefill": (first - prefill) / 1e6,
             "decode": (self.last_ns - first) / 1e6,
         }
+
+    def take(self, share: int) -> Row:
+        """What a poll is told of it: at most so many tokens, the oldest, and its end once none is left."""
+        ids, self.output_ids = self.output_ids[:share], self.output_ids[share:]
+        logprobs: Sequence[Logprob] = ()
+        if self.logprobs:
+            logprobs, self.logprobs = self.logprobs[:share], self.logprobs[share:]
+        cached, self.untold_cached = self.untold_cached, 0
+        if self.finish_reason and not self.output_ids:
+            return Row(self.name, ids, self.finish_reason, self.error, self.stages(), cached, logprobs)
+        return Row(self.name, ids, cached_tokens=cached, logprobs=logprobs)
 
 
 class Generate:
@@ -124,16 +145,32 @@ class Generate:
         answer: Callable[[Answer | StageError], None],
         *,
         name: str = "",
+        asked: Terms = terms.DEFAULT,
         traceparent: str | None = None,
     ) -> None:
         """Continue `input_ids`; `answer` is called once, from the sender thread, when all is generated."""
-        self._enqueue(input_ids, sampling, f"unary-{next(self._numbers)}", name, traceparent, answer)
+        if sampling.logprobs:
+            raise StageError(
+                "'logprobs' are no output of the ensemble: ask the orchestrator, or the gateway.",
+                code="unsupported_parameter",
+                param="logprobs",
+                stage="generate",
+            )
+        self._enqueue(input_ids, sampling, f"unary-{next(self._numbers)}", name, asked, traceparent, answer)
 
-    def submit(self, id: str, input_ids: list[int], sampling: Sampling, *, traceparent: str | None = None) -> None:
+    def submit(
+        self,
+        id: str,
+        input_ids: list[int],
+        sampling: Sampling,
+        *,
+        asked: Terms = terms.DEFAULT,
+        traceparent: str | None = None,
+    ) -> None:
         """Continue `input_ids`, into the mailbox."""
         if id in self._works:
             raise StageError(f"request {id!r} is running already", code="internal", stage="generate")
-        self._enqueue(input_ids, sampling, id, id, traceparent, None)
+        self._enqueue(input_ids, sampling, id, id, asked, traceparent, None)
 
     def cancel(self, name: str) -> int:
         """Stop every request of this name; answers how many there were."""
@@ -142,6 +179,7 @@ class Generate:
             self._commands.extend(("cancel", id) for id in ids)
             if name in self._mailbox:  # nobody wants what is left of it
                 self._mailbox[name].output_ids.clear()
+                self._mailbox[name].logprobs.clear()
             self._work_to_do.notify()
         return len(ids)
 
@@ -171,13 +209,15 @@ class Generate:
         sampling: Sampling,
         id: str,
         name: str,
+        asked: Terms,
         traceparent: str | None,
         answer: Callable[[Answer | StageError], None] | None,
     ) -> None:
         stops_at = self._stop_checker(sampling.stop) if sampling.stop else None
         structure = sampling.response_format
         constraint = self._constraint(structure) if structure and self._constraint else None
-        request = Request(id, input_ids, sampling, stops_at, constraint)
+        deadline = None if asked.timeout_ms is None else time.monotonic() + asked.timeout_ms / 1000
+        request = Request(id, input_ids, sampling, stops_at, constraint, asked.priority, deadline)
         work = _Work(request, name, traceparent, answer, self._now_ns())
         with self._lock:
             if self._closing:
@@ -224,6 +264,9 @@ class Generate:
                     work.gaps[_bin((now_ns - work.last_ns) / 1e6)] += 1
                 work.produced += len(output.token_ids)
                 work.output_ids += output.token_ids
+                work.logprobs += output.logprobs
+            if output.cached_tokens:
+                work.cached_tokens = work.untold_cached = output.cached_tokens
             work.last_ns = now_ns
             if output.finish_reason:
                 work.finish_reason, work.error = output.finish_reason, output.error
@@ -265,15 +308,11 @@ class Generate:
         share = max(MIN_ROW_TOKENS, MAX_POLL_TOKENS // max(1, len(works)))
         rows, finished = [], []
         for id, work in works.items():
-            ids, work.output_ids = work.output_ids[:share], work.output_ids[share:]
+            rows.append(work.take(share))
             if work.output_ids:
                 self._mailbox[id] = work
-                rows.append(Row(id, ids))
             elif work.finish_reason:
                 finished.append(work)
-                rows.append(Row(id, ids, work.finish_reason, work.error, work.stages()))
-            else:
-                rows.append(Row(id, ids))
         message = Poll(rows, asdict(self._engine.counters))
 
         def send() -> None:
@@ -287,6 +326,8 @@ class Generate:
         assert work.answer is not None
         if work.finish_reason == "error":
             work.answer(StageError(work.error, code="internal", stage="generate"))
+        elif work.finish_reason == "timeout":
+            work.answer(terms.time_is_up("generate"))
         else:
             work.answer(Answer(work.output_ids, work.finish_reason))
         _trace(work)
@@ -313,10 +354,13 @@ def _trace(work: _Work) -> None:
         "triptych.finish_reason": work.finish_reason,
         "gen_ai.usage.input_tokens": len(work.request.input_ids),
         "gen_ai.usage.output_tokens": work.produced,
+        "gen_ai.usage.cache_read.input_tokens": work.cached_tokens,
     }
     span = tracing.start("generate", parent=work.traceparent, attributes=attributes, start_ns=work.arrived_ns)
     if work.finish_reason == "error":
         span.error("internal", work.error)
+    elif work.finish_reason == "timeout":
+        span.error("timeout")
     tracing.record("queue", span, work.arrived_ns, prefill_ns)
     if work.first_ns:
         tracing.record(

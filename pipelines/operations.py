@@ -24,6 +24,7 @@ from pipelines.generate import Answer, Generate, Poll
 from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
+from pipelines.terms import Terms
 
 log = logging.getLogger(__name__)
 _compiling = ThreadPoolExecutor(2, "structures")
@@ -79,10 +80,10 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
         stage.poll(int(asked.parameters["wait_ms"]) / 1000, lambda poll: answer(_poll(poll)))
     elif asked.operation == "submit":
         id, sampling = str(asked.parameters["id"]), Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
-        prompt, traceparent = _prompt(asked), asked.traceparent
+        prompt, terms, traceparent = _prompt(asked), Terms.of(asked.parameters), asked.traceparent
 
         def submit() -> None:
-            stage.submit(id, prompt, sampling, traceparent=traceparent)
+            stage.submit(id, prompt, sampling, asked=terms, traceparent=traceparent)
             answer(_said(submitted=id))
 
         _start(sampling, submit, answer)
@@ -92,10 +93,13 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
         answer(_said(**stage.counters()))
     elif not asked.operation:
         sampling = Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
-        prompt, name, traceparent = _prompt(asked), asked.id, asked.traceparent
+        prompt, terms, name, traceparent = _prompt(asked), Terms.of(asked.parameters), asked.id, asked.traceparent
+
+        def whole(answered: Answer | StageError) -> None:
+            answer(_whole(answered))
 
         def generate() -> None:
-            stage.generate(prompt, sampling, lambda whole: answer(_whole(whole)), name=name, traceparent=traceparent)
+            stage.generate(prompt, sampling, whole, name=name, asked=terms, traceparent=traceparent)
 
         _start(sampling, generate, answer)
     else:

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from observability import tracing
 from pipelines import contracts, wire
-from pipelines.chat import Chat, Text, Window
+from pipelines.chat import Chat, Inputs, Text, Window
 from pipelines.contracts import Asked, Tensor, Values
 from pipelines.errors import StageError
 from pipelines.generate import Poll
 from pipelines.pipeline import Pipeline
 from pipelines.sinks import Lane, Reply, Stream
+from pipelines.terms import Terms
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,7 @@ class CalledStages:
         self._call = call
         self._per_token = per_token
 
-    def preprocess(
-        self, inputs: Mapping[str, str], sampling: str, traceparent: str | None
-    ) -> tuple[Sequence[int], str]:
+    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> tuple[Sequence[int], str]:
         values = {tensor: inputs[tensor.name] for tensor in contracts.REQUEST if tensor.name in inputs}
         out = self._call(
             "preprocess",
@@ -54,8 +53,8 @@ class CalledStages:
         )
         return out[contracts.INPUT_IDS], out[contracts.SAMPLING]
 
-    def submit(self, id: str, input_ids: Sequence[int], sampling: str, traceparent: str | None) -> None:
-        parameters: dict[str, str | int] = {contracts.OPERATION: "submit", "id": id}
+    def submit(self, id: str, input_ids: Sequence[int], sampling: str, asked: Terms, traceparent: str | None) -> None:
+        parameters: dict[str, str | int] = {contracts.OPERATION: "submit", "id": id, **asked.parameters()}
         if traceparent:
             parameters["traceparent"] = traceparent
         values = {contracts.INPUT_IDS: input_ids, contracts.SAMPLING: sampling}
@@ -140,14 +139,18 @@ class Orchestrator:
     def _start(self, handle: str, asked: Asked, sink: Lane | Stream) -> None:
         asked.refuse_images()
         tensors = (contracts.MESSAGES, contracts.PROMPT, contracts.TEXT)
-        inputs = {tensor.name: text for tensor in tensors if (text := asked.text(tensor)) is not None}
-        sampling = asked.text(contracts.SAMPLING) or "{}"
+        inputs: dict[str, str | Sequence[int]] = {
+            tensor.name: text for tensor in tensors if (text := asked.text(tensor)) is not None
+        }
+        if ids := asked.ids(contracts.TEXT_IDS):
+            inputs[contracts.TEXT_IDS.name] = ids
+        sampling, terms = asked.text(contracts.SAMPLING) or "{}", Terms.of(asked.parameters)
         self._chat.admit(handle, asked.id, sink, asked.traceparent)
-        self._submitters.submit(self._run, handle, inputs, sampling)
+        self._submitters.submit(self._run, handle, inputs, sampling, terms)
 
-    def _run(self, handle: str, inputs: Mapping[str, str], sampling: str) -> None:
+    def _run(self, handle: str, inputs: Inputs, sampling: str, terms: Terms) -> None:
         try:
-            self._chat.start(handle, inputs, sampling)
+            self._chat.start(handle, inputs, sampling, terms)
         except Exception:
             log.exception("a request could not be started")
         finally:

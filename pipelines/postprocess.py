@@ -12,12 +12,14 @@ a stream would see completed first, so that the cut does not depend on the chunk
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from pipelines import detokenizer
+from pipelines import detokenizer, logprobs
+from pipelines.chat import Text, Window, finish_reason_of
 from pipelines.detokenizer import Detokenizer
 
 # A flag in `sent`: the window does not begin where the answer does. Some tokenizers spell the first token
@@ -42,9 +44,10 @@ class Delta(NamedTuple):
 
 
 class Postprocess:
-    def __init__(self, detok: Detokenizer) -> None:
+    def __init__(self, detok: Detokenizer, name: Callable[[int], str | None]) -> None:
         self._detok = detok
         self._entry = detok.table.__getitem__
+        self._name = name
 
     @classmethod
     def load(cls, home: Path) -> Postprocess:
@@ -53,7 +56,27 @@ class Postprocess:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Postprocess:
         """From a tokenizer that is loaded already."""
-        return cls(detokenizer.load(tokenizer))
+        return cls(detokenizer.load(tokenizer), tokenizer.id_to_token)
+
+    def text(self, window: Window, *, per_token: bool) -> Text:
+        """What one request's window releases, as one text or, `per_token`, one for each new id."""
+        first = len(window.ids) - window.new if per_token and window.new else None
+        delta = self.delta(window.ids, window.sent, stop=window.stop, final=window.final, per_token_from=first)
+        texts = delta.texts if first is not None else [delta.text] if delta.text else []
+        if not window.logprobs:
+            return Text(texts, delta.drop, delta.sent, delta.stopped)
+        texts = texts or [""]
+        flag, sent = window.sent & _STARTED, window.sent & ~_STARTED
+        entries, told = logprobs.tell(
+            window.ids,
+            window.logprobs,
+            self._detok.stream(bool(flag)),
+            self._name,
+            list(accumulate(map(len, texts), initial=sent))[1:],
+            shown=len(window.ids) if window.final and not delta.stopped else delta.drop,
+            over=delta.stopped,
+        )
+        return Text(texts, delta.drop, delta.sent, delta.stopped, entries, told)
 
     def delta(
         self,
@@ -78,6 +101,11 @@ class Postprocess:
     def full(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """The whole answer at once: what the stream of the same ids adds up to."""
         return self.delta(ids, 0, stop=stop, final=True).text
+
+    def answer(self, ids: Sequence[int], stop: Sequence[str], finish_reason: str) -> tuple[str, str]:
+        """The same, and why it ended: the engine's `finish_reason`, but for a stop string that only its end settles."""
+        delta = self.delta(ids, 0, stop=stop, final=True)
+        return delta.text, finish_reason_of(finish_reason, delta.stopped)
 
     def stop_checker(self, stop: Sequence[str]) -> Callable[[int], bool]:
         """For the engine: told each new id in turn, it answers whether a stop string is complete.

@@ -51,20 +51,23 @@ class Preprocess:
         messages: str | bytes | None = None,
         prompt: str | bytes | None = None,
         text: str | bytes | None = None,
+        text_ids: Sequence[int] | None = None,
         sampling: str | bytes | None = None,
         stage: Timing = nullcontext,
     ) -> Prepared:
-        """Exactly one of `messages` (JSON), `prompt` (one user message) and `text` (continued as it is)."""
-        inputs = {"messages": messages, "prompt": prompt, "text": text}
+        """Exactly one of `messages` (JSON), `prompt` (one user message), `text` and `text_ids` (continued as it is)."""
+        inputs = {"messages": messages, "prompt": prompt, "text": text, "text_ids": text_ids}
         given = [name for name, value in inputs.items() if value is not None]
         if len(given) != 1:
             got = " and ".join(given) or "none"
             raise StageError(
-                f"Exactly one of messages, prompt and text is needed; got {got}.",
+                f"Exactly one of messages, prompt, text and text_ids is needed; got {got}.",
                 param=(given or ["messages"])[-1],
             )
         param = given[0]
         wanted = self._possible(_sampling(sampling))
+        if text_ids is not None:
+            return Prepared(self._known(text_ids), self._fit(wanted, len(text_ids), param))
         if text is not None:
             rendered, template = utf8(text, "text"), False
         else:
@@ -78,6 +81,14 @@ class Preprocess:
         if not ids:
             raise StageError(f"'{param}' gives no tokens: there is nothing to continue.", param=param)
         return Prepared(ids, self._fit(wanted, len(ids), param))
+
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        if not ids:
+            raise StageError("'text_ids' gives no tokens: there is nothing to continue.", param="text_ids")
+        for token_id in ids:
+            if not 0 <= token_id < 2**32 or self.tokenizer.id_to_token(token_id) is None:
+                raise StageError(f"'text_ids' holds {token_id}, which is no token of this model.", param="text_ids")
+        return list(ids)
 
     def _render(self, chat: Sequence[dict[str, object]], param: str) -> str:
         if self.template is None:

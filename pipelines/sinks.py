@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipelines import contracts
 from pipelines.chat import COALESCE_S, HEARTBEAT_S, Event
-from pipelines.contracts import Values
+from pipelines.contracts import Tensor, Values
 from pipelines.errors import StageError
-from pipelines.wire import pack_events
+from pipelines.logprobs import Entry
+from pipelines.wire import pack_entries, pack_events
 
 
 class Reply(Protocol):
@@ -69,11 +70,13 @@ class Stream:
         self._reply = reply
         self._lock = threading.Lock()
         self._text = ""
+        self._logprobs: list[list[Entry]] = []
         self._sent = 0.0
 
     def push(self, event: Event) -> None:
         with self._lock:
             self._text += "".join(event.texts)
+            self._logprobs += event.logprobs
             if event.error:
                 self._reply.fail(event.error)
             elif event.finish_reason:
@@ -93,6 +96,8 @@ class Stream:
         self._reply.end()
 
     def _send(self, finish_reason: str) -> None:
-        values: Values = {contracts.GENERATED_TEXT: self._text, contracts.FINISH_REASON: finish_reason}
-        self._text = ""
+        values: dict[Tensor, Any] = {contracts.GENERATED_TEXT: self._text, contracts.FINISH_REASON: finish_reason}
+        if self._logprobs:
+            values[contracts.LOGPROBS] = pack_entries(self._logprobs)
+        self._text, self._logprobs = "", []
         self._reply.send(values, final=bool(finish_reason))

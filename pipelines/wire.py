@@ -1,7 +1,7 @@
 """The JSON inside the `rows` and `events` tensors, written and read in one place for both ends.
 
-What is said many times a message (token ids) travels as a tensor or a bare list; names are positions, not keys.
-Knows no Triton.
+What is said many times a message (token ids) travels as a tensor or a bare list; names are positions, not keys, and a
+row that has nothing more to say than its tokens or texts ends there. Knows no Triton.
 """
 
 from __future__ import annotations
@@ -12,47 +12,91 @@ from typing import Any
 import orjson
 
 from pipelines.chat import Event, Text, Window
+from pipelines.engine import Logprob
 from pipelines.errors import StageError
 from pipelines.generate import Poll, Row
+from pipelines.logprobs import Entry, likelihood
 
 
 def pack_poll(poll: Poll) -> tuple[list[int], bytes]:
     """generate → orchestrator: all token ids in a row, and whose they are."""
     ids = [id for row in poll.rows for id in row.output_ids]
-    rows = [(row.id, len(row.output_ids), row.finish_reason, row.error, row.stages) for row in poll.rows]
-    return ids, orjson.dumps({"rows": rows, "counters": poll.counters})
+    return ids, orjson.dumps({"rows": [_row(row) for row in poll.rows], "counters": poll.counters})
 
 
 def unpack_poll(ids: Sequence[int], packed: bytes) -> Poll:
     message = orjson.loads(packed)
     rows, start = [], 0
-    for id, count, finish_reason, error, stages in message["rows"]:
-        rows.append(Row(id, list(ids[start : start + count]), finish_reason, error, stages))
+    for id, count, *more in message["rows"]:
+        output_ids = list(ids[start : start + count])
         start += count
+        if not more:
+            rows.append(Row(id, output_ids))
+        else:
+            finish_reason, error, stages, cached_tokens, logprobs = more
+            rows.append(Row(id, output_ids, finish_reason, error, stages, cached_tokens, _read(logprobs)))
     return Poll(rows, message["counters"])
+
+
+def _row(row: Row) -> tuple[Any, ...]:
+    if not (row.finish_reason or row.logprobs or row.cached_tokens):
+        return row.id, len(row.output_ids)
+    logprobs = _written(row.logprobs)
+    count = len(row.output_ids)
+    return row.id, count, row.finish_reason, row.error, dict(row.stages), row.cached_tokens, logprobs
 
 
 def pack_windows(windows: Sequence[Window]) -> tuple[list[int], bytes]:
     """orchestrator → postprocess."""
     ids = [id for window in windows for id in window.ids]
-    return ids, orjson.dumps([(len(w.ids), w.new, w.sent, w.stop, w.final) for w in windows])
+    return ids, orjson.dumps([_window(window) for window in windows])
 
 
 def unpack_windows(ids: Sequence[int], packed: str | bytes) -> list[Window]:
     windows, start = [], 0
-    for count, new, sent, stop, final in orjson.loads(packed):
-        windows.append(Window(list(ids[start : start + count]), new, sent, stop, final))
+    for count, new, sent, stop, final, *logprobs in orjson.loads(packed):
+        window_ids = list(ids[start : start + count])
+        windows.append(Window(window_ids, new, sent, stop, final, _read(logprobs)))
         start += count
     return windows
 
 
+def _window(window: Window) -> tuple[Any, ...]:
+    ids, new, sent, stop, final, logprobs = window
+    if not logprobs:
+        return len(ids), new, sent, stop, final
+    return len(ids), new, sent, stop, final, *_written(logprobs)
+
+
+def _written(logprobs: Iterable[Logprob]) -> list[Any]:
+    return [(id, likelihood(logprob), [(id, likelihood(other)) for id, other in top]) for id, logprob, top in logprobs]
+
+
+def _read(logprobs: Iterable[Any]) -> Sequence[Logprob]:
+    return [Logprob(id, logprob, [(id, other) for id, other in top]) for id, logprob, top in logprobs]
+
+
 def pack_texts(texts: Iterable[Text]) -> bytes:
     """postprocess → orchestrator."""
-    return orjson.dumps([(text.texts, text.drop, text.sent) for text in texts])
+    return orjson.dumps([_text(text) for text in texts])
 
 
 def unpack_texts(packed: bytes) -> list[Text]:
-    return [Text(*row) for row in orjson.loads(packed)]
+    found = []
+    for texts, drop, sent, *more in orjson.loads(packed):
+        if not more:
+            found.append(Text(texts, drop, sent))
+        else:
+            stopped, logprobs, told = more
+            found.append(Text(texts, drop, sent, stopped, _entries(logprobs), told))
+    return found
+
+
+def _text(text: Text) -> tuple[Any, ...]:
+    texts, drop, sent, stopped, logprobs, told = text
+    if not (stopped or told or logprobs):
+        return texts, drop, sent
+    return texts, drop, sent, stopped, _plain(logprobs), told
 
 
 def pack_events(events: Sequence[Event], counters: Mapping[str, int]) -> bytes:
@@ -63,20 +107,35 @@ def pack_events(events: Sequence[Event], counters: Mapping[str, int]) -> bytes:
 def unpack_events(packed: bytes) -> tuple[list[Event], dict[str, int]]:
     message = orjson.loads(packed)
     events = []
-    for id, texts, finish_reason, prompt_tokens, completion_tokens, stages, error in message["events"]:
-        failure = StageError.from_text(error, stage="orchestrator") if error else None
-        events.append(Event(id, texts, finish_reason, prompt_tokens, completion_tokens, stages, failure))
+    for id, texts, *more in message["events"]:
+        if not more:
+            events.append(Event(id, texts))
+        else:
+            reason, prompt_tokens, completion_tokens, stages, error, logprobs, cached_tokens = more
+            failure = StageError.from_text(error, stage="orchestrator") if error else None
+            entries = _entries(logprobs)
+            events.append(
+                Event(id, texts, reason, prompt_tokens, completion_tokens, stages, failure, entries, cached_tokens)
+            )
     return events, message["counters"]
 
 
 def _event(event: Event) -> tuple[Any, ...]:
-    error = event.error.to_json() if event.error else None
-    return (
-        event.id,
-        event.texts,
-        event.finish_reason,
-        event.prompt_tokens,
-        event.completion_tokens,
-        event.stages,
-        error,
-    )
+    id, texts, finish_reason, prompt_tokens, completion_tokens, stages, error, logprobs, cached_tokens = event
+    if not (finish_reason or prompt_tokens or error or logprobs):
+        return id, texts
+    told = (finish_reason, prompt_tokens, completion_tokens, dict(stages), error.to_json() if error else None)
+    return id, texts, *told, _plain(logprobs), cached_tokens
+
+
+def pack_entries(logprobs: Iterable[list[Entry]]) -> bytes:
+    """orchestrator → the client of a direct stream: [token, bytes, logprob, [[token, bytes, logprob], …]] each."""
+    return orjson.dumps([tuple(entry) for entries in logprobs for entry in entries])
+
+
+def _plain(logprobs: Iterable[list[Entry]]) -> list[Any]:
+    return [[tuple(entry) for entry in entries] for entries in logprobs]  # orjson takes no named tuple
+
+
+def _entries(logprobs: Iterable[list[Any]]) -> list[list[Entry]]:
+    return [[Entry(*entry) for entry in entries] for entries in logprobs]

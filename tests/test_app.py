@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import logging
 import socket
@@ -28,7 +29,9 @@ from gateway.protocol import CHAT, COMPLETION
 from gateway.settings import Settings, SettingsError
 from observability import metrics, tracing
 from pipelines.errors import StageError
+from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
+from pipelines.terms import Terms
 from tests.otlp_receiver import Receiver
 
 MODEL = "echo"
@@ -40,7 +43,7 @@ ANSWER = [
     ACCEPTED,
     Delta([" He"]),
     Delta(["llo"]),
-    Delta([" you"], "stop", 3, 4, {"preprocess": 1.5, "generate": 20}),
+    Delta([" you"], "stop", 3, 4, {"preprocess": 1.5, "generate": 20}, cached_tokens=2),
 ]
 FOREVER = 3600.0
 
@@ -75,6 +78,7 @@ class ScriptedBackend:
 
     def reset(self):
         self.steps = ANSWER
+        self.each = []  # the steps of the next streams, if they differ
         self.submissions = []
         self.streams = []
         self.not_ready = set()
@@ -90,7 +94,7 @@ class ScriptedBackend:
         if self.refusal:
             raise self.refusal
         self.submissions.append(submission)
-        stream = ScriptedStream(self.steps)
+        stream = ScriptedStream(self.each.pop(0) if self.each else self.steps)
         self.streams.append(stream)
         return stream
 
@@ -194,7 +198,12 @@ def test_a_chat(server, backend):
     assert (answer["object"], answer["model"]) == ("chat.completion", MODEL)
     assert answer["choices"][0]["message"]["content"] == " Hello you"
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
     assert response.headers["x-request-id"] == "abc-1"
     timing = response.headers["server-timing"]
     assert "preprocess;dur=1.5" in timing
@@ -205,8 +214,9 @@ def test_a_chat(server, backend):
     assert submission.pipeline == MODEL
     assert submission.id.startswith("abc-1.")
     assert json.loads(submission.inputs["messages"]) == HELLO["messages"]
-    assert json.loads(submission.sampling) == {"temperature": 0, "top_p": 1, "stop": ["x"]}
+    assert json.loads(submission.sampling) == {"temperature": 0, "stop": ["x"]}
     assert submission.traceparent is None
+    assert submission.terms == Terms()
 
 
 def test_a_completion_cut_by_length(server, backend):
@@ -291,8 +301,8 @@ def test_the_official_client_lists_models(server):
 def test_the_official_client_raises_typed_errors(server, backend):
     with server.client() as client:
         with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(**HELLO, n=2)
-        assert (bad.value.param, bad.value.code) == ("n", "unsupported_parameter")
+            client.chat.completions.create(**HELLO, reasoning_effort="low")
+        assert (bad.value.param, bad.value.code) == ("reasoning_effort", "unsupported_parameter")
         with pytest.raises(openai.NotFoundError) as unknown:
             client.chat.completions.create(**{**HELLO, "model": "nope"})
         assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
@@ -317,6 +327,168 @@ def test_the_official_client_raises_inside_a_stream(server, backend):
             next(chunks)
     assert caught.value.code == "unavailable"
     assert "generate" in caught.value.message
+
+
+# Several choices.
+
+
+def test_the_official_client_gets_its_choices(server, backend):
+    backend.each = [
+        [ACCEPTED, 0.05, Delta(["one"], "stop", 3, 2, cached_tokens=1)],
+        [ACCEPTED, Delta(["t", "wo"], "length", 3, 5, cached_tokens=3)],
+    ]
+    with server.client() as client:
+        answer = client.chat.completions.create(**HELLO, n=2, seed=7)
+    assert [(choice.index, choice.message.content, choice.finish_reason) for choice in answer.choices] == [
+        (0, "one", "stop"),
+        (1, "two", "length"),
+    ]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 7, 10)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 1
+    assert [json.loads(submission.sampling)["seed"] for submission in backend.submissions] == [7, 8]
+    assert len({submission.id for submission in backend.submissions}) == 2
+    wait_for(lambda: all(stream.cancelled_at for stream in backend.streams))
+
+
+def test_the_official_client_streams_its_choices(server, backend):
+    backend.each = [
+        [ACCEPTED, 0.05, Delta(["a"]), 0.05, Delta(["b"], "stop", 3, 2)],
+        [ACCEPTED, Delta(["c"]), 0.02, Delta(["d"]), Delta(["e"], "length", 3, 5)],
+    ]
+    told = {0: "", 1: ""}
+    reasons = {}
+    with server.client() as client:
+        options = {"include_usage": True}
+        *chunks, last = client.completions.create(model=MODEL, prompt=["x", "y"], stream=True, stream_options=options)
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert choice.index not in reasons
+        told[choice.index] += choice.text
+        if choice.finish_reason:
+            reasons[choice.index] = choice.finish_reason
+    assert (told, reasons) == ({0: "ab", 1: "cde"}, {0: "stop", 1: "length"})
+    assert last.usage.prompt_tokens == 6  # two prompts
+    assert last.usage.completion_tokens == 7
+    assert [submission.inputs for submission in backend.submissions] == [{"text": "x"}, {"text": "y"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_that_fails_cancels_the_others(server, backend, stream):
+    failure = StageError("No cache left.", code="unavailable", stage="generate")
+    backend.each = [[ACCEPTED, FOREVER], [ACCEPTED, 0.05, failure], [ACCEPTED, FOREVER]]
+    response = server.post(CHAT_PATH, {**HELLO, "n": 3, "stream": stream})
+    assert "No cache left." in response.text
+    assert "[DONE]" not in response.text
+    assert all(stream.cancelled.wait(5) for stream in backend.streams)
+
+
+def test_a_choice_that_is_refused_is_refused_before_the_headers(server, backend):
+    backend.each = [[ACCEPTED, Delta(["a"]), FOREVER], [StageError("Too long.", code="context_length_exceeded")]]
+    response = server.post(COMPLETION_PATH, {**PROMPT, "prompt": ["a", "b"], "stream": True})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert all(stream.cancelled.wait(5) for stream in backend.streams)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels_every_choice(server, backend, stream):
+    backend.steps = [ACCEPTED, Delta(["a"]), FOREVER]
+    connection = server.open(CHAT_PATH, {**HELLO, "n": 3, "stream": stream})
+    wait_for(lambda: len(backend.streams) == 3 and not any(stream.steps for stream in backend.streams))
+    connection.close()
+    assert all(stream.cancelled.wait(5) for stream in backend.streams)
+
+
+def test_a_choice_that_cannot_be_submitted_takes_the_others_back(server, backend):
+    inner, calls = backend.submit, itertools.count()
+
+    async def submit(submission):
+        if next(calls):
+            raise StageError("gone", code="unavailable")
+        return await inner(submission)
+
+    backend.submit = submit
+    try:
+        assert server.post(CHAT_PATH, {**HELLO, "n": 2}).status_code == 503
+    finally:
+        del backend.submit
+    assert backend.streams[0].cancelled_at
+
+
+# Log probabilities.
+
+
+def entry(token, logprob):
+    return Entry(token, list(token.encode()), logprob, [(token, list(token.encode()), logprob), ("<end>", None, -9.0)])
+
+
+MARKED = [
+    ACCEPTED,
+    Delta(["He"], logprobs=[[entry("He", -0.5)]]),
+    Delta(["llo"], "stop", 3, 2, logprobs=[[entry("llo", -0.25)]]),
+]
+
+
+def test_the_official_client_reads_log_probabilities(server, backend):
+    backend.steps = MARKED
+    with server.client() as client:
+        answer = client.chat.completions.create(**HELLO, logprobs=True, top_logprobs=2)
+        content = answer.choices[0].logprobs.content
+        assert [(token.token, token.logprob, bytes(token.bytes)) for token in content] == [
+            ("He", -0.5, b"He"),
+            ("llo", -0.25, b"llo"),
+        ]
+        assert [(top.token, top.logprob, top.bytes) for top in content[0].top_logprobs][1] == ("<end>", -9.0, None)
+        assert answer.choices[0].logprobs.refusal is None
+        chunks = list(client.chat.completions.create(**HELLO, logprobs=True, top_logprobs=2, stream=True))
+        streamed = [
+            token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content
+        ]
+        assert streamed == content
+        text = client.completions.create(**PROMPT, logprobs=2)
+        older = text.choices[0].logprobs
+        assert (older.tokens, older.token_logprobs, older.text_offset) == (["He", "llo"], [-0.5, -0.25], [0, 2])
+        assert older.top_logprobs[1] == {"llo": -0.25, "<end>": -9.0}
+        parts = list(client.completions.create(**PROMPT, logprobs=2, stream=True))
+        offsets = [
+            offset for part in parts if part.choices[0].logprobs for offset in part.choices[0].logprobs.text_offset
+        ]
+        assert offsets == [0, 2]
+    sampling = json.loads(backend.submissions[0].sampling)
+    assert (sampling["logprobs"], sampling["top_logprobs"]) == (True, 2)
+
+
+# How long it may take.
+
+
+def test_priority_and_time_go_to_the_pipeline(server, backend):
+    assert server.post(CHAT_PATH, {**HELLO, "priority": -2}, **{"x-request-timeout-ms": "5000"}).status_code == 200
+    (submission,) = backend.submissions
+    assert submission.terms.priority == -2
+    assert 0 < submission.terms.timeout_ms <= 5000  # the rest of it
+    server.post(CHAT_PATH, HELLO, **{"x-request-timeout-ms": "99999999999"})
+    assert 3_599_000 < backend.submissions[1].terms.timeout_ms <= Settings().max_timeout_ms
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "1e3", "\u00b2"])
+def test_a_bad_timeout_names_its_header(server, backend, value):
+    response = server.raw(raw_request(CHAT_PATH, HELLO, "connection: close", f"x-request-timeout-ms: {value}"))
+    assert response.startswith(b"HTTP/1.1 400")
+    assert b'"param":"x-request-timeout-ms"' in response
+    assert not backend.submissions
+
+
+def test_time_that_is_over_in_the_queue():
+    backend = ScriptedBackend()
+    backend.steps = [ACCEPTED, FOREVER]
+    with Server(backend, Settings(max_concurrency=1)) as server:
+        running = server.open(CHAT_PATH, HELLO)
+        wait_for(lambda: len(backend.streams) == 1)
+        response = server.post(CHAT_PATH, HELLO, **{"x-request-timeout-ms": "20"})
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        running.close()
+        wait_for(lambda: backend.streams[0].cancelled_at)
+        backend.steps = ANSWER
+        assert server.post(CHAT_PATH, HELLO).status_code == 200  # its place in the queue is gone
 
 
 # Errors.
@@ -669,6 +841,18 @@ def test_a_stream_is_one_trace(server, backend, receiver):
     assert not any(span.error is not None for span in root.walk())
 
 
+def test_the_stages_of_two_choices_are_in_the_trace(server, backend, receiver):
+    server.post(CHAT_PATH, {**HELLO, "n": 3}, traceparent=f"00-{TRACE}-{CALLER}-01")
+    root = receiver.tree(TRACE, expect={f"POST {CHAT_PATH}"}, remote_parent=CALLER)
+    chat = root.find(f"chat {MODEL}")
+    assert chat.attributes["gen_ai.request.choice.count"] == 3
+    assert chat.attributes["gen_ai.response.finish_reasons"] == ["stop"] * 3
+    assert (chat.attributes["gen_ai.usage.input_tokens"], chat.attributes["gen_ai.usage.output_tokens"]) == (3, 12)
+    assert chat.attributes["gen_ai.usage.cache_read.input_tokens"] == 2
+    parent = f"00-{TRACE}-{chat.span_id}-01"
+    assert [submission.traceparent for submission in backend.submissions] == [parent, parent, None]
+
+
 def test_a_failed_request_says_so_in_its_trace(server, backend, receiver):
     failure = StageError("no", code="unavailable", stage="generate")
     for steps, status, stream in (([failure], 503, False), ([ACCEPTED, failure], 200, True)):
@@ -733,6 +917,22 @@ def test_one_over_the_queue_is_refused():
         assert server.post(CHAT_PATH, HELLO).status_code == 200
 
 
+def test_choices_are_admitted_together():
+    backend = ScriptedBackend()
+    backend.steps = [ACCEPTED, FOREVER]
+    with Server(backend, Settings(max_concurrency=4)) as server:
+        first = server.open(CHAT_PATH, {**HELLO, "n": 3})
+        wait_for(lambda: len(backend.streams) == 3)
+        second = server.open(CHAT_PATH, {**HELLO, "n": 2})
+        wait_for(lambda: sample("triptych_requests_queued", pipeline=MODEL) == 1)
+        assert len(backend.streams) == 3
+        first.close()
+        wait_for(lambda: len(backend.streams) == 5)
+        second.close()
+        backend.steps = ANSWER
+        assert len(server.post(CHAT_PATH, {**HELLO, "n": 9}).json()["choices"]) == 9  # alone, it is let in
+
+
 def test_admission_is_first_in_first_out():
     async def run():
         admission = Admission(1, 10)
@@ -755,31 +955,38 @@ def test_admission_is_first_in_first_out():
     asyncio.run(run())
 
 
-@given(st.lists(st.tuples(st.sampled_from(["start", "release", "cancel", "yield"]), st.integers(0, 9)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["start", "release", "cancel", "yield"]), st.integers(0, 9), st.integers(1, 4)),
+        max_size=60,
+    )
+)
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_admission_never_loses_a_place(actions):
-    """Whatever starts, ends and is cancelled, in whatever order: the limit holds, every place comes back."""
+    """Whatever starts, ends and is cancelled, in whatever order: the limit holds, every place comes back, and nobody
+    waits who could be let in."""
 
     async def run():
-        admission = Admission(2, 3)
-        inside = set()
+        admission = Admission(3, 3)
+        inside = {}
         ends = {}
         tasks = []
 
-        async def one(end):
-            await admission.acquire()
-            inside.add(end)
-            assert len(inside) <= admission.in_flight <= 2
+        async def one(end, places):
+            await admission.acquire(places)
+            inside[end] = places
+            assert sum(inside.values()) <= admission.in_flight
+            assert admission.in_flight <= 3 or len(inside) == 1
             try:
                 await end.wait()
             finally:
-                inside.discard(end)
-                admission.release()
+                del inside[end]
+                admission.release(places)
 
-        for action, which in actions:
+        for action, which, places in actions:
             if action == "start":
                 end = asyncio.Event()
-                tasks.append(asyncio.create_task(one(end)))
+                tasks.append(asyncio.create_task(one(end, places)))
                 ends[tasks[-1]] = end
             elif action == "yield":
                 await asyncio.sleep(0)
@@ -790,11 +997,12 @@ def test_admission_never_loses_a_place(actions):
                 else:
                     ends[task].set()
             assert admission.depth <= 3
+            assert admission.in_flight or not admission.depth
         for end in ends.values():
             end.set()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert result is None or isinstance(result, (asyncio.CancelledError, StageError))
-        assert (admission.in_flight, admission.depth, inside) == (0, 0, set())
+        assert (admission.in_flight, admission.depth, inside) == (0, 0, {})
 
     asyncio.run(run())
 
@@ -832,6 +1040,8 @@ def test_settings_come_from_the_environment():
         ("MAX_BODY_BYTES", "0"),
         ("MAX_CONCURRENCY", "0"),
         ("MAX_QUEUE", "-1"),
+        ("MAX_CHOICES", "0"),
+        ("MAX_TIMEOUT_MS", "0"),
     ],
 )
 def test_a_bad_setting_names_its_key(key, value):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from pipelines.chat import COALESCE_S, HEARTBEAT_S, Chat, Event, Text, Window
+from pipelines.chat import COALESCE_S, HEARTBEAT_S, Chat, Event, Inputs, Text, Window
+from pipelines.engine import Logprob
 from pipelines.errors import StageError
 from pipelines.generate import Poll, Row
+from pipelines.logprobs import Entry
+from pipelines.terms import Terms
 
 
 class Script:
@@ -18,21 +21,23 @@ class Script:
 
     def __init__(self) -> None:
         self.submitted: dict[str, list[int]] = {}
+        self.asked: dict[str, Terms] = {}
         self.cancelled: list[str] = []
         self.polls: list[Poll] = []
         self.waits: list[float] = []
         self.fail: dict[str, StageError] = {}
         self.during_preprocess: Any = None
+        self.texts: list[Callable[[Window], Text]] = []
 
-    def preprocess(self, inputs: Mapping[str, str], sampling: str, traceparent: str | None) -> tuple[list[int], str]:
+    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> tuple[list[int], str]:
         self._maybe_fail("preprocess")
         if self.during_preprocess:
             self.during_preprocess()
-        return [ord(char) for char in inputs["text"]], sampling
+        return [ord(char) for char in str(inputs["text"])], sampling
 
-    def submit(self, id: str, input_ids: Sequence[int], sampling: str, traceparent: str | None) -> None:
+    def submit(self, id: str, input_ids: Sequence[int], sampling: str, asked: Terms, traceparent: str | None) -> None:
         self._maybe_fail("submit")
-        self.submitted[id] = list(input_ids)
+        self.submitted[id], self.asked[id] = list(input_ids), asked
 
     def poll(self, wait_s: float) -> Poll:
         self.waits.append(wait_s)
@@ -43,6 +48,8 @@ class Script:
 
     def postprocess(self, windows: list[Window]) -> list[Text]:
         self._maybe_fail("postprocess")
+        if self.texts:
+            return [self.texts.pop(0)(window) for window in windows]
         return [Text(["".join(map(chr, window.ids))], len(window.ids), 0) for window in windows]
 
     def trace_postprocess(self, *args: Any) -> None: ...
@@ -142,6 +149,64 @@ def test_an_engine_error_names_generate(chat: Chat, script: Script) -> None:
     error = sink.events[-1].error
     assert error is not None
     assert (error.stage, error.message, sink.events[-1].finish_reason) == ("generate", "out of memory", "")
+
+
+def test_a_deadline_that_passes_is_a_timeout_of_generate(chat: Chat, script: Script) -> None:
+    """After what was made until then: its text and counts are told."""
+    sink = Listener()
+    chat.admit("h", "a", sink, None)
+    chat.start("h", {"text": "xyz"}, "{}", Terms(priority=-2, timeout_ms=50))
+    assert script.asked == {"h": Terms(-2, 50)}
+    script.polls = [Poll([Row("h", [72], "timeout")], {})]
+    chat.turn()
+    last = sink.events[-1]
+    assert last.error is not None
+    assert (last.error.code, last.error.stage, last.finish_reason, last.texts) == ("timeout", "generate", "", ["H"])
+    assert chat.idle
+
+
+@pytest.mark.parametrize(("engines", "told"), [("length", "stop"), ("stop", "stop"), ("cancelled", "cancelled")])
+def test_a_stop_string_that_only_the_end_settles_is_the_finish_reason(
+    chat: Chat, script: Script, engines: str, told: str
+) -> None:
+    sink = Listener()
+    begin(chat, sink)
+    script.polls = [Poll([Row("h", [72], engines)], {})]
+    script.texts = [lambda window: Text(["H"], 1, 0, stopped=True)]
+    chat.turn()
+    assert sink.events[-1].finish_reason == told
+
+
+def test_log_probabilities_wait_for_the_text_of_their_token(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    begin(chat, sink)
+    first, second, third = (Logprob(id, -0.5, []) for id in (72, 105, 33))
+    entry = Entry("H", [72], -0.5, [])
+    seen: list[Window] = []
+
+    def hold(window: Window) -> Text:
+        seen.append(window._replace(ids=list(window.ids), logprobs=list(window.logprobs)))
+        return Text([""], 0, 0, logprobs=[[]])
+
+    def release(window: Window) -> Text:
+        hold(window)
+        return Text(["H"], 1, 0, logprobs=[[entry]], told=1)
+
+    script.texts = [hold, release, hold]
+    script.polls = [
+        Poll([Row("h", [72], cached_tokens=2, logprobs=[first])], {}),
+        Poll([Row("h", [105], logprobs=[second])], {}),
+        Poll([Row("h", [33], "length", logprobs=[third])], {}),
+    ]
+    for _ in range(3):
+        chat.turn()
+    assert [(window.ids, window.logprobs) for window in seen] == [
+        ([72], [first]),
+        ([72, 105], [first, second]),
+        ([105, 33], [second, third]),
+    ]
+    assert [event.logprobs for event in sink.events[1:]] == [[[]], [[entry]], [[]]]
+    assert [event.cached_tokens for event in sink.events] == [0, 0, 0, 2]
 
 
 def test_cancel_silences_and_stops(chat: Chat, script: Script) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from pipelines.engine import Counters, Limits, Output, Request
+from pipelines.engine import Counters, Limits, Logprob, Output, Request
 from pipelines.engine.echo import EchoEngine
 from pipelines.errors import StageError
-from pipelines.generate import MAX_POLL_TOKENS, Answer, Generate, Poll
+from pipelines.generate import MAX_POLL_TOKENS, Answer, Generate, Poll, Row
 from pipelines.sampling import Sampling
+from pipelines.terms import Terms
 from tests.product import wait_for
 
 LIMITS = Limits(context=100_000, eos_ids=frozenset({0}))
@@ -98,6 +100,86 @@ def test_a_running_id_is_refused() -> None:
     with pytest.raises(StageError, match="running already"):
         stage.submit("a", [1], Sampling(max_tokens=1))
     stage.close()
+
+
+class Scripted:
+    """An engine that plays one step after another, once there is a request."""
+
+    idle_s = 0.0
+
+    def __init__(self, *steps: list[Output]) -> None:
+        self.counters = Counters()
+        self.steps = list(steps)
+        self.requests: list[Request] = []
+
+    def submit(self, request: Request) -> None:
+        self.requests.append(request)
+
+    def cancel(self, request_id: str) -> None: ...
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.requests and self.steps)
+
+    def step(self) -> list[Output]:
+        return self.steps.pop(0) if self.busy else []
+
+
+def row_of(stage: Generate) -> Row:
+    (row,) = polled(stage).rows
+    return row
+
+
+def test_log_probabilities_stay_with_their_tokens_and_what_was_cached_is_told_once() -> None:
+    count = MAX_POLL_TOKENS + 5  # more than one poll carries
+    logprobs = [Logprob(id, -id / 7, [(id, -id / 7)]) for id in range(count)]
+    engine = Scripted(
+        [Output("a", list(range(count)), logprobs=logprobs, cached_tokens=3)], [Output("a", [], "length")]
+    )
+    stage = Generate(engine, stop_checker=never)
+    stage.submit("a", [1, 2, 3, 4], Sampling(logprobs=True))
+    wait_for(lambda: not engine.steps, 10)
+    rows = [row_of(stage), row_of(stage)]
+    stage.close()
+    assert [len(row.output_ids) for row in rows] == [MAX_POLL_TOKENS, 5]
+    assert [id for row in rows for id in row.output_ids] == list(range(count))
+    assert [logprob for row in rows for logprob in row.logprobs] == logprobs
+    assert [row.cached_tokens for row in rows] == [3, 0]
+    assert [row.finish_reason for row in rows] == ["", "length"]
+
+
+def test_priority_and_deadline_reach_the_engine() -> None:
+    engine = Scripted([Output("a", [5], "timeout")])
+    stage = Generate(engine, stop_checker=never)
+    before = time.monotonic()
+    stage.submit("a", [1], Sampling(), asked=Terms(priority=-3, timeout_ms=500))
+    wait_for(lambda: not engine.steps, 10)
+    (request,) = engine.requests
+    assert request.deadline is not None
+    assert before + 0.5 <= request.deadline <= time.monotonic() + 0.5
+    assert request.priority == -3
+    row = row_of(stage)
+    assert (row.output_ids, row.finish_reason) == ([5], "timeout")
+    stage.submit("b", [1], Sampling())
+    wait_for(lambda: len(engine.requests) == 2, 10)
+    assert (engine.requests[1].deadline, engine.requests[1].priority) == (None, 0)
+    stage.close()
+
+
+def test_a_whole_answer_that_takes_too_long_is_a_timeout() -> None:
+    stage = Generate(Scripted([Output("unary-0", [5], "timeout")]), stop_checker=never)
+    answers: list[Answer | StageError] = []
+    stage.generate([1], Sampling(), answers.append, asked=Terms(timeout_ms=1))
+    wait_for(lambda: answers, 10)
+    assert isinstance(answers[0], StageError)
+    assert (answers[0].code, answers[0].stage) == ("timeout", "generate")
+    stage.close()
+
+
+def test_a_whole_answer_has_no_place_for_log_probabilities(stage: Generate) -> None:
+    with pytest.raises(StageError) as caught:
+        stage.generate([1], Sampling(logprobs=True), lambda answer: None)
+    assert (caught.value.param, caught.value.code) == ("logprobs", "unsupported_parameter")
 
 
 class Breaking:

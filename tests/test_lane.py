@@ -11,6 +11,7 @@ from gateway.backend import Delta
 from gateway.lane import LaneStream
 from pipelines.chat import Event
 from pipelines.errors import StageError
+from pipelines.logprobs import Entry
 
 
 def run(scenario: Any) -> list[str]:
@@ -33,6 +34,20 @@ def test_what_came_meanwhile_is_one_delta() -> None:
         stream.cancel()
 
     assert run(scenario) == []  # it had ended
+
+
+def test_entries_stay_with_their_texts() -> None:
+    one, two = [Entry("x", [120], -0.1, [])], [Entry("z", [122], -0.2, [])]
+
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", [], prompt_tokens=3))
+        stream.push(Event("a", ["x"], logprobs=[one]))
+        stream.push(Event("a", ["y"]))  # held back until now, and its entry has gone before
+        stream.push(Event("a", ["z"], "stop", 3, 4, logprobs=[two], cached_tokens=2))
+        delta = await stream.next()
+        assert (delta.texts, delta.logprobs, delta.cached_tokens) == (["x", "y", "z"], [one, [], two], 2)
+
+    run(scenario)
 
 
 def test_a_request_that_is_not_taken_is_a_timeout() -> None:

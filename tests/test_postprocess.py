@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from pipelines.chat import Window
 from pipelines.postprocess import Delta, Postprocess, find_stop, possible_stop
 
 NAMES = ("smollm2", "gemma3", "straddling", "llama", "indented", "metaspace", "wordpiece", "plain", "bpe", "ctc")
@@ -357,6 +358,16 @@ def test_a_stop_that_only_the_end_settles_cuts_all_the_same(smollm2_bytes):
     assert not any(map(stage.stop_checker(["\ufffd"]), ids))
     deltas, _ = stream(stage, [ids], ["\ufffd"])
     assert deltas == [Delta("a", [], 1, 0, stopped=True)]
+
+
+def test_a_stop_that_only_the_end_settles_is_why_it_ended(smollm2_bytes):
+    """The engine, which goes by settled text, says `length`."""
+    stage, id_of = smollm2_bytes
+    ids = [id_of[byte] for byte in b"a\xe2\x82"]
+    assert stage.answer(ids, ["\ufffd"], "length") == ("a", "stop")
+    assert stage.answer(ids, ["x"], "length") == ("a\ufffd", "length")
+    assert stage.answer(ids, ["\ufffd"], "cancelled") == ("a", "cancelled")
+    assert stage.text(Window(ids, 3, 0, ["\ufffd"], True), per_token=False).stopped
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,29 @@ def test_truncation_and_padding_of_training_are_not_ours(tmp_path):
     assert Preprocess.load(tmp_path, context=CONTEXT).run(text="a a a").input_ids == [0, 5, 5, 5]
 
 
+def test_token_ids_are_taken_as_they_are(smollm2) -> None:
+    prepared = smollm2.run(text_ids=[5, 6, 7], sampling='{"max_tokens": 3}')
+    assert (prepared.input_ids, prepared.sampling.max_tokens) == ([5, 6, 7], 3)
+    assert smollm2.run(text_ids=[5]).sampling.max_tokens == CONTEXT - 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "param", "code"),
+    [
+        ({"text_ids": [5, -1]}, "text_ids", "invalid_request"),
+        ({"text_ids": [10**6]}, "text_ids", "invalid_request"),
+        ({"text_ids": [2**40]}, "text_ids", "invalid_request"),
+        ({"text_ids": []}, "text_ids", "invalid_request"),
+        ({"text_ids": [5] * CONTEXT}, "text_ids", "context_length_exceeded"),
+        ({"text_ids": [5], "text": "x"}, "text_ids", "invalid_request"),
+    ],
+)
+def test_token_ids_that_cannot_be_continued(smollm2, inputs: dict[str, object], param: str, code: str) -> None:
+    with pytest.raises(StageError) as caught:
+        smollm2.run(**inputs)  # type: ignore[arg-type]
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
 def test_the_stages_start_without_torch_and_transformers():
     code = "import sys, pipelines.preprocess, pipelines.postprocess; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import protocol
-from gateway.protocol import CHAT, COMPLETION, Head, parse_request
+from gateway import objects, parameters, protocol
+from gateway.backend import Delta
+from gateway.choices import Choice
+from gateway.objects import Head
+from gateway.protocol import CHAT, COMPLETION, parse_request
 from pipelines.errors import StageError
+from pipelines.logprobs import Entry
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
@@ -49,7 +53,8 @@ def test_the_reference_chat_request():
     assert request.model == "VAR_chat_model_id"
     assert not request.stream
     assert request.sampling.max_tokens is None
-    messages = json.loads(request.inputs["messages"])
+    (prompt,) = request.prompts
+    messages = json.loads(prompt["messages"])
     assert [message["content"] for message in messages] == ["You are a helpful assistant.", "Hello!"]
 
 
@@ -64,7 +69,7 @@ def test_the_reference_completion_request():
     "temperature": 0
   }""",
     )
-    assert request.inputs == {"text": "Say this is a test"}
+    assert request.prompts == [{"text": "Say this is a test"}]
     assert (request.sampling.max_tokens, request.sampling.temperature) == (7, 0.0)
 
 
@@ -76,69 +81,132 @@ def test_max_tokens_defaults():
     assert chat(max_completion_tokens=5).sampling.max_tokens == 5
 
 
-def test_every_parameter_is_honoured():
-    request = chat(
-        max_tokens=3,
-        temperature=0.5,
-        top_p=0.9,
-        seed=7,
-        stop=["a", "b"],
-        stream=True,
-        stream_options={"include_usage": True},
-        user="u1",
-        metadata={"team": "blue"},
-    )
-    assert json.loads(request.sampling.to_json()) == {
-        "max_tokens": 3,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 7,
-        "stop": ["a", "b"],
-    }
-    assert (request.stream, request.include_usage) == (True, True)
-    assert (request.user, request.metadata) == ("u1", {"team": "blue"})
-
-
-# The API reference's parameters, of both endpoints, that are not honoured here, each with a harmless value.
-UNSUPPORTED = {
-    "audio": {},
-    "best_of": 1,
-    "echo": False,
-    "frequency_penalty": 0,
-    "function_call": "none",
-    "functions": [],
-    "logit_bias": {},
-    "logprobs": False,
-    "modalities": ["text"],
-    "n": 1,
-    "parallel_tool_calls": True,
-    "prediction": {},
-    "presence_penalty": 0,
-    "prompt_cache_key": "",
-    "reasoning_effort": "low",
-    "response_format": {"type": "text"},
-    "safety_identifier": "",
-    "service_tier": "auto",
-    "store": False,
-    "suffix": "",
-    "tool_choice": "none",
-    "tools": [],
-    "top_logprobs": 0,
-    "verbosity": "low",
-    "web_search_options": {},
-    "top_k": 50,
-    "unheard_of": True,
+SAMPLING = {
+    "max_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "seed": 7,
+    "stop": ["a", "b"],
+    "presence_penalty": 1.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {"17": -100},
+    "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "min_tokens": 2,
+    "ignore_eos": True,
+    "response_format": {"type": "json_object"},
 }
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-@pytest.mark.parametrize("operation", [CHAT, COMPLETION], ids=lambda operation: operation.name)
-def test_an_unsupported_parameter_is_refused_by_name(operation, name):
+def test_every_parameter_is_honoured():
+    for make in (chat, completion):
+        request = make(
+            **SAMPLING,
+            n=3,
+            priority=-5,
+            stream=True,
+            stream_options={"include_usage": True},
+            user="u1",
+            metadata={"team": "blue"},
+        )
+        told = json.loads(request.sampling.to_json())
+        assert {name: told[name] for name in SAMPLING} == SAMPLING
+        assert (request.n, request.priority, request.stream, request.include_usage) == (3, -5, True, True)
+        assert (request.user, request.metadata) == ("u1", {"team": "blue"})
+
+
+def test_log_probabilities_have_one_shape_behind_both_endpoints():
+    """OpenAI: a chat's `logprobs` is a boolean and `top_logprobs` 0 to 20; a completion's is a number, 0 to 5."""
+    for request, wanted in (
+        (chat(), (False, 0)),
+        (chat(logprobs=False), (False, 0)),
+        (chat(logprobs=True), (True, 0)),
+        (chat(logprobs=True, top_logprobs=20), (True, 20)),
+        (completion(), (False, 0)),
+        (completion(logprobs=0), (True, 0)),
+        (completion(logprobs=5), (True, 5)),
+    ):
+        assert (request.sampling.logprobs, request.sampling.top_logprobs) == wanted
+
+
+def test_the_choices_are_in_the_order_of_their_prompts_and_each_has_its_seed():
+    request = completion(prompt=["a", [1, 2]], n=2, seed=7)
+    assert [(inputs, sampling.seed) for inputs, sampling in request.asked()] == [
+        ({"text": "a"}, 7),
+        ({"text": "a"}, 8),
+        ({"text_ids": [1, 2]}, 7),
+        ({"text_ids": [1, 2]}, 8),
+    ]
+    assert [sampling.seed for _, sampling in chat(n=2).asked()] == [None, None]
+    assert [sampling.seed for _, sampling in chat(n=2, seed=2**63 - 1).asked()] == [2**63 - 1, -(2**63)]
+
+
+def test_a_request_has_so_many_choices_at_most():
+    body = {"model": "m", "prompt": ["a", "b"]}
+    assert parse_request(COMPLETION, orjson.dumps({**body, "n": 2}), max_choices=4).choices == 4
+    for fields, param in (({"n": 3}, "n"), ({"prompt": ["a"] * 5}, "prompt")):
+        with pytest.raises(StageError) as caught:
+            parse_request(COMPLETION, orjson.dumps({**body, **fields}), max_choices=4)
+        assert caught.value.param == param
+        assert "4" in caught.value.message
+
+
+# The API reference's parameters that are not honoured here: of chats, of completions.
+UNSUPPORTED_CHAT = {
+    "audio": {},
+    "function_call": "none",
+    "functions": [],
+    "parallel_tool_calls": True,
+    "prediction": {},
+    "prompt_cache_key": "",
+    "reasoning_effort": "low",
+    "safety_identifier": "",
+    "tool_choice": "none",
+    "tools": [],
+    "verbosity": "low",
+    "web_search_options": {},
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "prompt_logprobs": 1,
+    "unheard_of": True,
+}
+UNSUPPORTED_COMPLETION = {"suffix": "", "top_logprobs": 0, "tools": [], "modalities": ["text"], "unheard_of": True}
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "value"),
+    [(CHAT, *item) for item in UNSUPPORTED_CHAT.items()]
+    + [(COMPLETION, *item) for item in UNSUPPORTED_COMPLETION.items()],
+)
+def test_an_unsupported_parameter_is_refused_by_name(operation, name, value):
     body = {"model": "m", "messages": HELLO} if operation is CHAT else {"model": "m", "prompt": "x"}
-    error = refusal(operation, {**body, name: UNSUPPORTED[name]})
+    error = refusal(operation, {**body, name: value})
     assert (error.code, error.param) == ("unsupported_parameter", name)
     assert name in error.message
     parse_request(operation, orjson.dumps({**body, name: None}))  # a null is a parameter not given
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "harmless", "refused"),
+    [
+        (CHAT, "store", [False], [True, 0]),
+        (CHAT, "service_tier", ["auto", "default"], ["flex", "priority"]),
+        (CHAT, "modalities", [["text"]], [["text", "audio"], []]),
+        (COMPLETION, "best_of", [1], [2, True]),
+        (COMPLETION, "echo", [False], [True]),
+        (COMPLETION, "store", [False], [True]),
+    ],
+)
+def test_a_parameter_is_taken_with_the_values_that_change_nothing(operation, name, harmless, refused):
+    body = {"model": "m", "messages": HELLO} if operation is CHAT else {"model": "m", "prompt": "x"}
+    plain = parse_request(operation, orjson.dumps(body))
+    assert all(parse_request(operation, orjson.dumps({**body, name: value})) == plain for value in harmless)
+    for value in refused:
+        error = refusal(operation, {**body, name: value})
+        assert (error.code, error.param) == ("unsupported_parameter", name)
+        assert orjson.dumps(harmless[0]).decode() in error.message
 
 
 def test_each_endpoint_has_its_own_input():
@@ -171,10 +239,18 @@ def test_each_endpoint_has_its_own_input():
         ({"stream": False, "stream_options": {}}, "stream_options"),
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        (
-            {"stream": True, "stream_options": {"include_obfuscation": False}},
-            "stream_options.include_obfuscation",
-        ),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": True}, "n"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": 2**31}, "priority"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_k": 0.5}, "top_k"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"user": 1}, "user"),
         ({"metadata": []}, "metadata"),
         ({"metadata": {"a": 1}}, "metadata"),
@@ -189,14 +265,31 @@ def test_a_bad_value_names_its_parameter(fields, param):
     assert param.rpartition(".")[2] in error.message
 
 
-@pytest.mark.parametrize("prompt", [None, [], ["a", "b"], [1, 2], [[1, 2]], 7, {}])
-def test_a_prompt_is_one_string(prompt):
+@pytest.mark.parametrize("value", [True, False, 6, -1, "2"])
+def test_a_completions_logprobs_are_a_small_number(value):
+    assert refusal(COMPLETION, {"model": "m", "prompt": "x", "logprobs": value}).param == "logprobs"
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, [], [[]], 7, {}, [1, "a"], ["a", 1], [1.5], [-1], [True], [[1, "a"]], [[[1]]]]
+)
+def test_what_is_no_prompt(prompt):
     assert refusal(COMPLETION, {"model": "m", "prompt": prompt}).param == "prompt"
 
 
-def test_a_prompt_in_a_list():
-    assert completion(prompt=["only"]).inputs == {"text": "only"}
-    assert completion(prompt="").inputs == {"text": ""}
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("", [{"text": ""}]),
+        (["only"], [{"text": "only"}]),
+        (["a", "b"], [{"text": "a"}, {"text": "b"}]),
+        ([5, 6], [{"text_ids": [5, 6]}]),
+        ([[5, 6], [7]], [{"text_ids": [5, 6]}, {"text_ids": [7]}]),
+    ],
+)
+def test_the_four_kinds_of_prompt(prompt, prompts):
+    """API reference, prompt: "a string, array of strings, array of tokens, or array of token arrays"."""
+    assert completion(prompt=prompt).prompts == prompts
 
 
 @pytest.mark.parametrize(
@@ -228,10 +321,10 @@ def test_a_deep_body_is_refused(depth):
 
 
 def test_the_depth_limit_is_exact():
-    assert not protocol._deeper_than([[]], 2)
-    assert protocol._deeper_than([[[]]], 2)
+    assert not parameters.deeper_than([[]], 2)
+    assert parameters.deeper_than([[[]]], 2)
     wide = orjson.dumps({"a": [[]] * 1000})
-    assert protocol.parse_object(wide)
+    assert parameters.parse_object(wide)
 
 
 def test_a_long_word_of_the_client_is_not_repeated_whole():
@@ -240,15 +333,19 @@ def test_a_long_word_of_the_client_is_not_repeated_whole():
     assert len(error.param) < 200
 
 
-HEAD = Head("chatcmpl-123", 1694268190, "gpt-4o-mini")
+def told(operation, *deltas, logprobs=False):
+    """The one choice of a whole answer."""
+    choice = Choice(operation, 0)
+    for delta in deltas:
+        choice.keep(delta)
+    return choice.whole(deltas[-1].finish_reason, logprobs=logprobs)
 
 
 def test_the_reference_chat_response():
     """API reference, "The chat completion object"; no system_fingerprint is claimed."""
-    response = protocol.whole_response(
-        CHAT, HEAD, "\n\nHello there, how may I assist you today?", "stop", protocol.usage(9, 12)
-    )
-    assert response == {
+    head = Head("chatcmpl-123", "chat.completion", 1694268190, "gpt-4o-mini")
+    choice = told(CHAT, Delta(["\n\nHello there, how may ", "I assist you today?"], "stop"))
+    assert objects.whole_response(head, [choice], objects.usage(9, 12, 4)) == {
         "id": "chatcmpl-123",
         "object": "chat.completion",
         "created": 1694268190,
@@ -265,14 +362,21 @@ def test_the_reference_chat_response():
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21},
+        "usage": {
+            "prompt_tokens": 9,
+            "completion_tokens": 12,
+            "total_tokens": 21,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        },
     }
 
 
 def test_the_reference_completion_response():
     """API reference, "The completion object"."""
-    head = Head("cmpl-uqkvlQyYK7bGYrRHQ0eXlWi7", 1589478378, "VAR_completion_model_id")
-    response = protocol.whole_response(COMPLETION, head, "\n\nThis is indeed a test", "length", protocol.usage(5, 7))
+    head = Head("cmpl-uqkvlQyYK7bGYrRHQ0eXlWi7", "text_completion", 1589478378, "VAR_completion_model_id")
+    choice = told(COMPLETION, Delta(["\n\nThis is indeed a test"], "length"))
+    response = objects.whole_response(head, [choice], objects.usage(5, 7, 0))
+    assert response["usage"].pop("prompt_tokens_details") == {"cached_tokens": 0}
     assert response == {
         "id": "cmpl-uqkvlQyYK7bGYrRHQ0eXlWi7",
         "object": "text_completion",
@@ -283,16 +387,48 @@ def test_the_reference_completion_response():
     }
 
 
+HELLO_ENTRY = Entry("Hello", [72, 101, 108, 108, 111], -0.31725305, [("Hello", [72, 101, 108, 108, 111], -0.31725305)])
+HALF, OTHER_HALF = (
+    Entry("\\xc3", [0xC3], -1.0, [("\\xc3", [0xC3], -1.0), ("<end>", None, -9999.0)]),
+    Entry("\\xa9", [0xA9], -2.0, []),
+)
+
+
+def test_the_reference_chat_logprobs():
+    """API reference, "Create chat completion", the logprobs example: an entry and its alternatives."""
+    choice = told(CHAT, Delta(["Hello"], "stop", logprobs=[[HELLO_ENTRY]]), logprobs=True)
+    token = {"token": "Hello", "logprob": -0.31725305, "bytes": [72, 101, 108, 108, 111]}
+    assert choice["logprobs"] == {"content": [{**token, "top_logprobs": [token]}], "refusal": None}
+
+
+def test_the_older_logprobs_are_lists_side_by_side():
+    """Where a token begins counts from the choice's text; one that is half a character begins where that does."""
+    deltas = [Delta(["Hello"], logprobs=[[HELLO_ENTRY]]), Delta(["é"], logprobs=[[HALF, OTHER_HALF]])]
+    choice = told(COMPLETION, *deltas, Delta([" Hello"], "stop", logprobs=[[HELLO_ENTRY]]), logprobs=True)
+    assert choice["logprobs"] == {
+        "tokens": ["Hello", "bytes:\\xc3", "bytes:\\xa9", "Hello"],
+        "token_logprobs": [-0.31725305, -1.0, -2.0, -0.31725305],
+        "top_logprobs": [{"Hello": -0.31725305}, {"bytes:\\xc3": -1.0, "<end>": -9999.0}, {}, {"Hello": -0.31725305}],
+        "text_offset": [0, 5, 5, 6],
+    }
+
+
+def test_an_answer_without_a_token_has_logprobs_all_the_same():
+    assert told(CHAT, Delta([], "stop"), logprobs=True)["logprobs"] == {"content": [], "refusal": None}
+    assert told(COMPLETION, Delta([], "stop"), logprobs=True)["logprobs"]["tokens"] == []
+
+
 def test_the_reference_chunks():
     """API reference, "The chat completion chunk object": the first, a middle and the last chunk."""
-    first = protocol.chunk(CHAT, HEAD, CHAT.opening)
-    middle = protocol.chunk(CHAT, HEAD, CHAT.piece("Hello"))
-    last = protocol.chunk(CHAT, HEAD, CHAT.closing, finish_reason="stop")
+    chunks = Head("chatcmpl-123", "chat.completion.chunk", 1694268190, "gpt-4o-mini")
+    first = objects.chunk(chunks, 0, CHAT.opening)
+    middle = objects.chunk(chunks, 0, CHAT.piece("Hello"))
+    last = objects.chunk(chunks, 1, CHAT.closing, finish_reason="stop")
     head = '"id":"chatcmpl-123","object":"chat.completion.chunk","created":1694268190,"model":"gpt-4o-mini"'
     choices = [
         '[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]',
         '[{"index":0,"delta":{"content":"Hello"},"logprobs":null,"finish_reason":null}]',
-        '[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]',
+        '[{"index":1,"delta":{},"logprobs":null,"finish_reason":"stop"}]',
     ]
     for chunk, choice in zip((first, middle, last), choices, strict=True):
         assert orjson.dumps(chunk).decode() == f'{{{head},"choices":{choice}}}'
@@ -301,17 +437,18 @@ def test_the_reference_chunks():
 def test_the_usage_chunk():
     """stream_options.include_usage: "the `choices` field will always be an empty array. All other chunks will
     also include a `usage` field, but with a null value."""
-    assert protocol.chunk(CHAT, HEAD, CHAT.opening, usage_null=True)["usage"] is None
-    last = protocol.usage_chunk(CHAT, HEAD, protocol.usage(1, 2))
+    head = Head("chatcmpl-123", "chat.completion.chunk", 1694268190, "gpt-4o-mini")
+    assert objects.chunk(head, 0, CHAT.opening, usage_null=True)["usage"] is None
+    last = objects.usage_chunk(head, objects.usage(1, 2, 0))
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    assert last["usage"]["total_tokens"] == 3
 
 
 def test_ids_differ_and_say_what_they_are():
-    ids = {protocol.new_head(CHAT, "m").id for _ in range(100)}
+    ids = {protocol.new_head(CHAT, "m", stream=True).id for _ in range(100)}
     assert len(ids) == 100
     assert all(id.startswith("chatcmpl-") for id in ids)
-    assert protocol.new_head(COMPLETION, "m").id.startswith("cmpl-")
+    assert protocol.new_head(COMPLETION, "m", stream=False).id.startswith("cmpl-")
 
 
 def outcome(operation, body):

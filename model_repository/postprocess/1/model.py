@@ -1,7 +1,6 @@
 """postprocess: token ids in, text out; a whole answer, or the new text of many streams at once."""
 
 from pipelines import contracts, triton_io, wire
-from pipelines.chat import Text
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
 
@@ -16,17 +15,12 @@ class TritonPythonModel:
     def run(self, request):
         ids = request.ids(contracts.OUTPUT_IDS)
         if rows := request.text(contracts.ROWS):
-            per_token = request.parameters["per_token"]
-            return {contracts.ROWS: wire.pack_texts(self.text(w, per_token) for w in wire.unpack_windows(ids, rows))}
+            windows, per_token = wire.unpack_windows(ids, rows), request.parameters["per_token"]
+            return {contracts.ROWS: wire.pack_texts(self.stage.text(window, per_token=per_token) for window in windows)}
         with request.span("postprocess"):
             stop = Sampling.from_json(request.text(contracts.SAMPLING) or "{}").stop
-            return {contracts.GENERATED_TEXT: self.stage.full(ids, stop)}
-
-    def text(self, window, per_token):
-        first = len(window.ids) - window.new if per_token and window.new else None
-        delta = self.stage.delta(window.ids, window.sent, stop=window.stop, final=window.final, per_token_from=first)
-        texts = [delta.text] if delta.text else []
-        return Text(texts if first is None else delta.texts, delta.drop, delta.sent)
+            text, reason = self.stage.answer(ids, stop, request.text(contracts.FINISH_REASON) or "")
+            return {contracts.GENERATED_TEXT: text, contracts.FINISH_REASON: reason}
 
     def finalize(self):
         triton_io.close_stage()

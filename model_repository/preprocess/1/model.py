@@ -20,6 +20,7 @@ class TritonPythonModel:
         with request.span("preprocess") as span:
             prepared = self.stage.run(
                 **inputs,
+                text_ids=request.ids(contracts.TEXT_IDS) or None,
                 sampling=request.text(contracts.SAMPLING),
                 stage=lambda name: tracing.start(name, parent=span),
             )

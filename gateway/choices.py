@@ -1,0 +1,153 @@
+"""The choices of one answer: their deltas merged into one sequence, and what each delta makes of its choice.
+
+Everything that comes of one choice passes its `Choice`, so whatever reads an answer's text before the client does
+belongs there. Knows no HTTP, no bytes and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gateway.backend import Delta, Stream
+from gateway.objects import Held, choice
+from gateway.protocol import Operation
+from pipelines.logprobs import Entry
+
+Arrival = tuple[int, Delta]  # a choice's index, and what came of it
+
+
+class Choice:
+    """One choice, told its deltas in order: `push` for a stream, or `keep` and then `whole`."""
+
+    def __init__(self, operation: Operation, index: int) -> None:
+        self.index = index
+        self._operation = operation
+        self._texts: list[str] = []
+        self._entries: list[Entry] = []
+        self._offsets: list[int] = []
+        self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, delta: Delta) -> Sequence[str | Held]:
+        """What a stream's chunks say of it: plain text, which is the rule, or what else a chunk's choice may hold."""
+        if not delta.logprobs:
+            return delta.texts
+        pieces: list[str | Held] = []
+        for text, entries in zip(delta.texts, delta.logprobs, strict=True):
+            pieces.append(self._with(self._operation.piece(text), entries, self._begin(entries)) if entries else text)
+        return pieces
+
+    def keep(self, delta: Delta) -> None:
+        self._texts += delta.texts
+        for entries in delta.logprobs:
+            self._entries += entries
+            self._offsets += self._begin(entries)
+
+    def whole(self, finish_reason: str, *, logprobs: bool) -> Held:
+        """The choice of an answer that does not stream."""
+        held = self._operation.whole("".join(self._texts))
+        return choice(self.index, self._with(held, self._entries, self._offsets) if logprobs else held, finish_reason)
+
+    def _with(self, held: Held, entries: Sequence[Entry], offsets: Sequence[int]) -> Held:
+        return {**held, "logprobs": self._operation.logprobs(entries, offsets)}
+
+    def _begin(self, entries: Sequence[Entry]) -> list[int]:
+        """Where each token begins in the text; one that goes on with a character, where that does."""
+        offsets = []
+        for entry in entries:
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(bytes(entry.bytes or b"")))
+        return offsets
+
+
+@dataclass
+class Totals:
+    """What all choices of one request came to, from the last delta of each."""
+
+    n: int  # choices of one prompt
+    last: dict[int, Delta] = field(default_factory=dict)
+
+    def add(self, index: int, delta: Delta) -> None:
+        if delta.finish_reason:
+            self.last[index] = delta
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        return [self.last[index].finish_reason for index in sorted(self.last)]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt counts once, whatever the number of its choices; so do those of its tokens that were cached."""
+        return sum(delta.prompt_tokens for index, delta in self.last.items() if index % self.n == 0)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(delta.cached_tokens for index, delta in self.last.items() if index % self.n == 0)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(delta.completion_tokens for delta in self.last.values())
+
+    @property
+    def stages(self) -> Mapping[str, float]:
+        """Milliseconds by stage: of the choice that took longest in it."""
+        longest: dict[str, float] = {}
+        for delta in self.last.values():
+            for stage, ms in delta.stages.items():
+                longest[stage] = max(ms, longest.get(stage, 0.0))
+        return longest
+
+
+class Merged:
+    """The streams of all choices as one. Each `next` answers all that has come, in the order of the indexes."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self._streams = streams
+        self._asked: dict[asyncio.Future[Delta], int] = {}
+        self._open = len(streams)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last delta of every choice has been answered."""
+        return not self._open
+
+    async def accepted(self) -> list[Arrival]:
+        """The first delta of each: a request of which one choice is refused is refused whole."""
+        if len(self._streams) == 1:
+            return await self.next()
+        self._ask(*range(len(self._streams)))
+        await asyncio.wait(self._asked, return_when=asyncio.FIRST_EXCEPTION)
+        return self._arrived()
+
+    async def next(self) -> list[Arrival]:
+        """Raises the StageError of the first choice that failed."""
+        if len(self._streams) == 1:  # the rule, and no task is needed for it
+            delta = await self._streams[0].next()
+            self._open -= bool(delta.finish_reason)
+            return [(0, delta)]
+        await asyncio.wait(self._asked, return_when=asyncio.FIRST_COMPLETED)
+        return self._arrived()
+
+    def cancel(self) -> None:
+        """Ends all of them, whatever has become of each."""
+        for asked in self._asked:
+            if not asked.cancel() and not asked.cancelled():
+                asked.exception()  # several may have failed, and one is told
+        for stream in self._streams:
+            stream.cancel()
+
+    def _arrived(self) -> list[Arrival]:
+        done = sorted((index, asked) for asked, index in self._asked.items() if asked.done())
+        arrivals = [(index, asked.result()) for index, asked in done]
+        for _, asked in done:
+            del self._asked[asked]
+        self._open -= sum(bool(delta.finish_reason) for _, delta in arrivals)
+        self._ask(*(index for index, delta in arrivals if not delta.finish_reason))
+        return arrivals
+
+    def _ask(self, *indexes: int) -> None:
+        for index in indexes:
+            self._asked[asyncio.ensure_future(self._streams[index].next())] = index

@@ -1,0 +1,175 @@
+"""A request's body, parameter by parameter: each is checked by a function here, and a bad one is named.
+
+Knows no HTTP and no response. What sampling is about is `pipelines.sampling`'s to check; what of it has another shape
+at an endpoint gets its one shape here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import orjson
+
+from pipelines.errors import StageError
+from pipelines.messages import parse_messages
+from pipelines.terms import MAX_PRIORITY, whole_number
+
+MAX_DEPTH = 100  # of nested arrays and objects in a body; orjson itself stops at 1024
+MAX_COMPLETION_LOGPROBS = 5  # OpenAI, completions, logprobs: "The maximum value for `logprobs` is 5"
+_MAX_SHOWN = 80  # characters of a client's own word in a message
+_MAX_METADATA = 16  # OpenAI: "Set of 16 key-value pairs"; keys up to 64 characters, values up to 512
+_MAX_METADATA_KEY = 64
+_MAX_METADATA_VALUE = 512
+
+Inputs: TypeAlias = Mapping[
+    str, "str | list[int]"
+]  # the orchestrator's: {"messages": json}, {"text": …}, {"text_ids": …}
+
+# OpenAI's parameters that are taken with these values only, which say what is so anyway.
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body holds, nested no deeper than anything that comes after can bear."""
+    try:
+        value = orjson.loads(body)
+    except (orjson.JSONDecodeError, RecursionError) as error:
+        raise StageError(f"The request body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise StageError("The request body must be a JSON object.")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
+        raise StageError(f"The request body is nested more than {MAX_DEPTH} levels deep.")
+    return value
+
+
+def chat_prompts(given: Mapping[str, Any]) -> list[Inputs]:
+    if given.get("messages") is None:
+        raise missing("messages")
+    return [{"messages": orjson.dumps(parse_messages(given["messages"])).decode()}]
+
+
+def completion_prompts(given: Mapping[str, Any]) -> list[Inputs]:
+    """OpenAI, prompt: "encoded as a string, array of strings, array of tokens, or array of token arrays"."""
+    prompt = given.get("prompt")
+    if prompt is None:
+        raise missing("prompt")
+    several = isinstance(prompt, list) and bool(prompt) and not _is_id(prompt[0])
+    return [_prompt(one) for one in (prompt if several else [prompt])]
+
+
+def _prompt(prompt: Any) -> Inputs:
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    if isinstance(prompt, list) and prompt and all(map(_is_id, prompt)):
+        return {"text_ids": prompt}
+    raise StageError("'prompt' must be a string, a list of token ids, or a list of such prompts.", param="prompt")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def completion_logprobs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of alternatives, as the sampling has it: whether, and how many."""
+    if "logprobs" not in given:
+        return {}
+    count = whole_number(given, "logprobs", 0, MAX_COMPLETION_LOGPROBS)
+    return {"logprobs": True, "top_logprobs": count}
+
+
+def refuse_all_but_harmless(given: Mapping[str, Any]) -> None:
+    for name, harmless in HARMLESS.items():
+        if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in harmless):
+            values = " or ".join(orjson.dumps(value).decode() for value in harmless)
+            raise StageError(
+                f"Unsupported value: '{name}' can only be {values} here.", code="unsupported_parameter", param=name
+            )
+
+
+def choices(given: Mapping[str, Any], prompts: int, most: int) -> int:
+    """`n`: how many answers to each prompt. All the choices of a request are `most` at most."""
+    n = whole_number(given, "n", 1, most) if "n" in given else 1
+    if n * prompts > most:
+        param = "n" if n > 1 else "prompt"
+        message = f"'{param}' asks for {n * prompts} choices ({prompts} prompts, {n} of each); {most} are allowed."
+        raise StageError(message, param=param)
+    return n
+
+
+def priority(given: Mapping[str, Any]) -> int:
+    return whole_number(given, "priority", -MAX_PRIORITY, MAX_PRIORITY) if "priority" in given else 0
+
+
+def boolean(fields: Mapping[str, Any], name: str, within: str = "") -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise StageError(f"'{within}{name}' must be true or false.", param=within + name)
+    return value
+
+
+def include_usage(given: Mapping[str, Any], stream: bool) -> bool:
+    options = given.get("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        # OpenAI: "Only set this when you set `stream: true`."
+        raise StageError("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    if not isinstance(options, dict):
+        raise StageError("'stream_options' must be an object.", param="stream_options")
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, value in options.items():
+        # No chunk here has an `obfuscation`: false asks for what is so.
+        if name != "include_usage" and (name, value) != ("include_obfuscation", False):
+            raise unsupported(f"stream_options.{name}")
+    return boolean(options, "include_usage", within="stream_options.")
+
+
+def user(given: Mapping[str, Any]) -> str | None:
+    name = given.get("user")
+    if name is not None and not isinstance(name, str):
+        raise StageError("'user' must be a string.", param="user")
+    return name
+
+
+def metadata(given: Mapping[str, Any]) -> Mapping[str, str]:
+    pairs = given.get("metadata", {})
+    if not isinstance(pairs, dict) or not all(isinstance(value, str) for value in pairs.values()):
+        raise StageError("'metadata' must be an object whose values are strings.", param="metadata")
+    if len(pairs) > _MAX_METADATA:
+        raise StageError(f"'metadata' takes at most {_MAX_METADATA} pairs, not {len(pairs)}.", param="metadata")
+    for key, value in pairs.items():
+        if len(key) > _MAX_METADATA_KEY or len(value) > _MAX_METADATA_VALUE:
+            limits = f"{_MAX_METADATA_KEY} characters and values of up to {_MAX_METADATA_VALUE}"
+            raise StageError(f"'metadata' takes keys of up to {limits}.", param="metadata")
+    return pairs
+
+
+def missing(name: str) -> StageError:
+    return StageError(f"Missing required parameter: '{name}'.", param=name)
+
+
+def unsupported(name: str) -> StageError:
+    shown = name if len(name) <= _MAX_SHOWN else name[: _MAX_SHOWN - 3] + "..."
+    return StageError(f"Unsupported parameter: '{shown}'.", code="unsupported_parameter", param=shown)
+
+
+def deeper_than(value: Any, limit: int) -> bool:
+    """Level by level, because recursion is what deep bodies are sent to exhaust."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
