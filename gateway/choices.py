@@ -105,18 +105,15 @@ class Merged:
     """The streams of all choices as one. Each `next` answers all that has come, in the order of the indexes."""
 
     def __init__(self, streams: Sequence[Stream]) -> None:
+        self.over = False  # the last delta of every choice has been answered
         self._streams = streams
+        self._only = streams[0] if len(streams) == 1 else None
         self._asked: dict[asyncio.Future[Delta], int] = {}
         self._open = len(streams)
 
-    @property
-    def over(self) -> bool:
-        """Whether the last delta of every choice has been answered."""
-        return not self._open
-
     async def accepted(self) -> list[Arrival]:
         """The first delta of each: a request of which one choice is refused is refused whole."""
-        if len(self._streams) == 1:
+        if self._only:
             return await self.next()
         self._ask(*range(len(self._streams)))
         await asyncio.wait(self._asked, return_when=asyncio.FIRST_EXCEPTION)
@@ -124,9 +121,10 @@ class Merged:
 
     async def next(self) -> list[Arrival]:
         """Raises the StageError of the first choice that failed."""
-        if len(self._streams) == 1:  # the rule, and no task is needed for it
-            delta = await self._streams[0].next()
-            self._open -= bool(delta.finish_reason)
+        if self._only:  # the rule, and no task is needed for it
+            delta = await self._only.next()
+            if delta.finish_reason:
+                self.over = True
             return [(0, delta)]
         await asyncio.wait(self._asked, return_when=asyncio.FIRST_COMPLETED)
         return self._arrived()
@@ -145,6 +143,7 @@ class Merged:
         for _, asked in done:
             del self._asked[asked]
         self._open -= sum(bool(delta.finish_reason) for _, delta in arrivals)
+        self.over = not self._open
         self._ask(*(index for index, delta in arrivals if not delta.finish_reason))
         return arrivals
 

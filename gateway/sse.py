@@ -66,8 +66,9 @@ class Events:
     def delta(self, index: int, delta: Delta) -> bytes:
         """One event a text, and the one with the finish_reason if there is one."""
         pieces = self._choices[index].push(delta)
-        if len(pieces) == 1 and not delta.finish_reason:
-            return self._piece(index, pieces[0])
+        if len(pieces) == 1 and not delta.finish_reason and type(pieces[0]) is str and pieces[0]:  # the rule
+            prefix, suffix = self._around[index]
+            return prefix + quote(pieces[0]) + suffix
         data = b"".join([self._piece(index, piece) for piece in pieces])
         if delta.finish_reason:
             data += self._chunk(index, self._operation.closing, delta.finish_reason)
@@ -141,9 +142,10 @@ async def _write_deltas(
     while True:
         for index, delta in arrivals:
             data += events.delta(index, delta)
-            written.events += len(delta.texts)
-            if delta.texts and not written.first_text_at:
-                written.first_text_at = clock()
+            if delta.texts:
+                written.events += len(delta.texts)
+                if not written.first_text_at:
+                    written.first_text_at = clock()
             if delta.finish_reason:
                 written.totals.add(index, delta)
         if deltas.over:

@@ -17,6 +17,7 @@ import numpy as np
 import openai
 import pytest
 import tritonclient.grpc as triton_grpc
+from tokenizers import Tokenizer
 
 from tests.orchestrator_call import OrchestratorCall
 from tests.product import Product, bytes_input, wait_for
@@ -75,6 +76,125 @@ def test_usage_is_exact_and_length_is_said(client: Any) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_several_choices(client: Any) -> None:
+    options: Any = {"model": "smollm2-135m-instruct", "messages": ask("Tell me a story."), "max_tokens": 12, "seed": 7}
+    answer = client.chat.completions.create(**options, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    texts = [choice.message.content for choice in answer.choices]
+    assert texts[0] != texts[1]  # the second has another seed
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+    single = client.chat.completions.create(**options)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (single.usage.prompt_tokens, 24)
+    told, reasons = ["", ""], ["", ""]
+    usages = []
+    chunks = client.chat.completions.create(**options, n=2, stream=True, stream_options={"include_usage": True})
+    for chunk in chunks:
+        usages += [chunk.usage] if chunk.usage else []
+        for choice in chunk.choices:
+            told[choice.index] += choice.delta.content or ""
+            reasons[choice.index] += choice.finish_reason or ""
+    assert reasons == ["length", "length"]
+    assert all(told)
+    assert told[0] != told[1]
+    assert [usage.total_tokens for usage in usages] == [answer.usage.total_tokens]
+
+
+def test_several_prompts_as_text_and_as_token_ids(client: Any, smollm2_home: Path) -> None:
+    ids = (
+        Tokenizer.from_file(str(smollm2_home / "tokenizer.json")).encode("one two three", add_special_tokens=False).ids
+    )
+    answer = client.completions.create(model="echo", prompt=["a b", "c d"], max_tokens=2)
+    assert [choice.text for choice in answer.choices] == ["a b", "c d"]
+    assert client.completions.create(model="echo", prompt=ids, max_tokens=3).choices[0].text == "one two three"
+    answer = client.completions.create(model="echo", prompt=[ids, ids[1:]], max_tokens=2)
+    assert [choice.text for choice in answer.choices] == ["one two", " two three"]
+    assert answer.usage.prompt_tokens == 5
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.completions.create(model="echo", prompt=[10**6])
+    assert unknown.value.param == "text_ids"
+
+
+def test_log_probabilities_of_a_chat(client: Any) -> None:
+    """The echo is sure of what it repeats."""
+    options: Any = {
+        "model": "echo",
+        "messages": ask("né à 日本 😀"),
+        "max_tokens": 40,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+    answer = client.chat.completions.create(**options)
+    content = answer.choices[0].logprobs.content
+    assert b"".join(bytes(token.bytes) for token in content).decode() == answer.choices[0].message.content
+    assert "😀" in answer.choices[0].message.content
+    assert {token.logprob for token in content} == {0.0}
+    assert [token.top_logprobs[0].token for token in content] == [token.token for token in content]
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    streamed = [
+        token for chunk in chunks for choice in chunk.choices if choice.logprobs for token in choice.logprobs.content
+    ]
+    assert streamed == content
+    plain = client.chat.completions.create(**{**options, "logprobs": False, "top_logprobs": None})
+    assert plain.choices[0].logprobs is None
+
+
+def test_log_probabilities_of_a_completion(client: Any) -> None:
+    options: Any = {
+        "model": "echo",
+        "prompt": "one two three four five",
+        "max_tokens": 20,
+        "logprobs": 1,
+        "stop": " fo",
+    }
+    answer = client.completions.create(**options).choices[0]
+    assert (answer.text, answer.logprobs.tokens) == ("one two three", ["one", " two", " three"])
+    assert (answer.logprobs.token_logprobs, answer.logprobs.text_offset) == ([0.0, 0.0, 0.0], [0, 3, 7])
+    assert answer.logprobs.top_logprobs == [{"one": 0.0}, {" two": 0.0}, {" three": 0.0}]
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    assert [token for part in parts if part for token in part.tokens] == answer.logprobs.tokens
+    assert [offset for part in parts if part for offset in part.text_offset] == answer.logprobs.text_offset
+
+
+def test_a_direct_stream_has_its_log_probabilities_and_a_whole_answer_none(product: Product) -> None:
+    sampling = json.dumps({"max_tokens": 3, "logprobs": True})
+    call = OrchestratorCall(product, "echo-orchestrator", {"text": "one two three", "sampling": sampling})
+    entries = []
+    while True:
+        result, error = call.responses.get(timeout=30)
+        assert error is None
+        if (told := result.as_numpy("logprobs")) is not None:
+            entries += json.loads(told[0])
+        if result.get_response().parameters["triton_final_response"].bool_param:
+            break
+    call.close()
+    assert entries == [[token, list(token.encode()), 0.0, []] for token in ("one", " two", " three")]
+    with pytest.raises(triton_grpc.InferenceServerException, match="no output of the ensemble") as refused:
+        product.infer("echo-ensemble", {"text": "one", "sampling": sampling})
+    assert '"param": "logprobs"' in str(refused.value)
+
+
+def test_a_priority_and_a_time_limit_are_taken_everywhere(product: Product, client: Any) -> None:
+    """And a bad one is refused by name, also where the request goes to Triton directly."""
+    headers = {"x-request-timeout-ms": "60000"}
+    options: Any = {"model": "echo", "prompt": "one two three", "max_tokens": 3, "extra_headers": headers}
+    answer = client.completions.create(**options, extra_body={"priority": -1, "top_k": 40})
+    assert answer.choices[0].text == "one two three"
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0  # the echo computes nothing
+    inputs = {"text": "one two three", "sampling": '{"max_tokens": 3}'}
+    good, bad = {"timeout_ms": 60000, "queue_priority": 2}, {"timeout_ms": 0}
+    assert product.infer("echo-ensemble", inputs, parameters=good) == ("one two three", "length")
+    with pytest.raises(triton_grpc.InferenceServerException, match="'timeout_ms' must be between 1"):
+        product.infer("echo-ensemble", inputs, parameters=bad)
+    for parameters, refusal in ((good, ""), (bad, "'timeout_ms' must be between 1")):
+        call = OrchestratorCall(product, "echo-orchestrator", inputs, **parameters)
+        if refusal:
+            with pytest.raises(triton_grpc.InferenceServerException, match=refusal):
+                call.deltas()
+        else:
+            assert "".join(text for text, _ in call.deltas()) == "one two three"
+        call.close()
+
+
 def test_completions_continue_raw_text(client: Any) -> None:
     answer = client.completions.create(
         model="smollm2-135m-instruct", prompt="The capital of France is", temperature=0, max_tokens=2
@@ -90,8 +210,8 @@ def test_typed_errors(client: Any) -> None:
     assert too_long.value.code == "context_length_exceeded"
     assert "64 tokens" in too_long.value.message
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model="echo", messages=ask("x"), logit_bias={"1": 5})
-    assert unsupported.value.param == "logit_bias"
+        client.chat.completions.create(model="echo", messages=ask("x"), verbosity="low")
+    assert unsupported.value.param == "verbosity"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nothing", messages=ask("x"))
     with pytest.raises(openai.BadRequestError) as streaming:
@@ -130,8 +250,8 @@ def test_an_image_is_refused_by_name(product: Product, model: str) -> None:
 
 
 def test_a_refusal_on_a_direct_stream_is_an_error(product: Product) -> None:
-    call = OrchestratorCall(product, "echo-orchestrator", {"prompt": "x", "sampling": '{"top_k": 3}'})
-    with pytest.raises(triton_grpc.InferenceServerException, match="Unsupported parameter: 'top_k'"):
+    call = OrchestratorCall(product, "echo-orchestrator", {"prompt": "x", "sampling": '{"beam_width": 3}'})
+    with pytest.raises(triton_grpc.InferenceServerException, match="Unsupported parameter: 'beam_width'"):
         call.deltas()
     call.close()
 

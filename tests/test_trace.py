@@ -65,6 +65,24 @@ def test_a_chat_is_one_small_tree(product: Product, otlp: Receiver, stream: bool
     assert len(root.find("decode").attributes["triptych.gap_ms.counts"]) <= 64
 
 
+def test_several_choices_are_one_small_tree(product: Product, otlp: Receiver) -> None:
+    """The stages of the first two are in it: with those of all it would not fit on a screen."""
+    trace_id, span_id, traceparent = new_trace()
+    body = {"model": "echo", "messages": ask("Hi there"), "max_tokens": 5, "stream": True, "n": 4}
+    answer = httpx.post(
+        f"{product.url}/v1/chat/completions", json=body, headers={"traceparent": traceparent}, timeout=60
+    )
+    assert answer.text.endswith("data: [DONE]\n\n")
+    own = ["POST /v1/chat/completions", "admission", "chat echo", "sse.write"]
+    spans = otlp.spans_of(trace_id, timeout=10, count=len(own) + 2 * len(STAGES))
+    root = otlp.tree(trace_id, expect={"chat echo"}, remote_parent=span_id, timeout=10)
+    assert sorted(span.name for span in root.walk()) == sorted([*own, *STAGES, *STAGES])
+    assert len(spans) <= 25
+    chat = root.find("chat echo")
+    assert chat.attributes["gen_ai.request.choice.count"] == 4
+    assert chat.attributes["gen_ai.usage.output_tokens"] == 20
+
+
 def test_the_failing_stage_carries_the_error(product: Product, otlp: Receiver) -> None:
     trace_id, span_id, traceparent = new_trace()
     body = {"model": "echo-small", "messages": ask("word " * 100)}
