@@ -933,6 +933,26 @@ def test_choices_are_admitted_together():
         assert len(server.post(CHAT_PATH, {**HELLO, "n": 9}).json()["choices"]) == 9  # alone, it is let in
 
 
+@pytest.mark.parametrize("leaves", ["cancelled", "times out"])
+def test_whoever_waits_behind_a_large_request_goes_on_when_it_leaves(leaves):
+    async def run():
+        admission = Admission(3, 10)
+        await admission.acquire(2)
+        large = asyncio.create_task(admission.acquire(3, 0.02 if leaves == "times out" else None))
+        await asyncio.sleep(0)
+        small = asyncio.create_task(admission.acquire(1))
+        await asyncio.sleep(0)
+        assert admission.depth == 2  # first in, first out: the small one does not overtake
+        if leaves == "cancelled":
+            large.cancel()
+        await asyncio.wait_for(small, 5)
+        (result,) = await asyncio.gather(large, return_exceptions=True)
+        assert isinstance(result, asyncio.CancelledError if leaves == "cancelled" else StageError)
+        assert (admission.in_flight, admission.depth) == (3, 0)
+
+    asyncio.run(run())
+
+
 def test_admission_is_first_in_first_out():
     async def run():
         admission = Admission(1, 10)
