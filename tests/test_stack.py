@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import queue
 import socket
 import threading
@@ -153,6 +154,54 @@ def test_log_probabilities_of_a_completion(client: Any) -> None:
     parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
     assert [token for part in parts if part for token in part.tokens] == answer.logprobs.tokens
     assert [offset for part in parts if part for offset in part.text_offset] == answer.logprobs.text_offset
+
+
+def test_log_probabilities_of_a_model(client: Any) -> None:
+    options: Any = {"model": "smollm2-135m-instruct", "messages": ask(CAPITAL), "temperature": 0, "logprobs": True}
+    answer = client.chat.completions.create(**options, top_logprobs=3)
+    content = answer.choices[0].logprobs.content
+    # The end token, which was generated and counts, is no part of the text.
+    assert len(content) == answer.usage.completion_tokens - 1
+    assert "".join(token.token for token in content) == answer.choices[0].message.content
+    for token in content:
+        assert len(token.top_logprobs) == 3
+        assert (token.top_logprobs[0].token, token.top_logprobs[0].logprob) == (token.token, token.logprob)
+        logprobs = [top.logprob for top in token.top_logprobs]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert sum(map(math.exp, logprobs)) <= 1 + 1e-5
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    streamed = [
+        entry for chunk in chunks for choice in chunk.choices if choice.logprobs for entry in choice.logprobs.content
+    ]
+    assert [entry.token for entry in streamed] == [token.token for token in content]
+
+
+def test_a_prompt_that_was_there_before_is_not_computed_again(client: Any) -> None:
+    options: Any = {"model": "smollm2-135m-instruct", "temperature": 0, "max_tokens": 2}
+    messages = ask("Count the words of this: " + "one two three four five six seven " * 30)
+    first, again = (client.chat.completions.create(messages=messages, **options) for _ in range(2))
+    assert again.usage.prompt_tokens_details.cached_tokens > first.usage.prompt_tokens // 2
+    assert again.usage.prompt_tokens_details.cached_tokens < again.usage.prompt_tokens
+    assert again.choices[0].message.content == first.choices[0].message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_a_timeout(product: Product, client: Any, stream: bool) -> None:
+    before = product.counters("generate")["running"]
+
+    def wait() -> None:
+        options: Any = {"extra_headers": {"x-request-timeout-ms": "400"}, "extra_body": {"ignore_eos": True}}
+        answer = client.chat.completions.create(
+            model="smollm2-135m-instruct", messages=ask("Count."), max_tokens=4000, stream=stream, **options
+        )
+        list(answer if stream else [])  # a stream fails as it is read
+
+    with pytest.raises(openai.APIError) as late:
+        wait()
+    assert late.value.code == "timeout"
+    assert "generate" in late.value.message
+    assert stream or late.value.status_code == 504
+    assert product.counters("generate")["running"] == before
 
 
 def test_a_direct_stream_has_its_log_probabilities_and_a_whole_answer_none(product: Product) -> None:
