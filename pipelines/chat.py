@@ -131,6 +131,7 @@ class _Live:
     sink: Sink
     stop: Sequence[str] = ()
     traceparent: str | None = None
+    admitted: float = field(default_factory=time.monotonic)
     prompt_tokens: int = 0
     announced: bool = False
     cancelled: bool = False
@@ -193,7 +194,8 @@ class Chat:
             input_ids, resolved = self._stages.preprocess(inputs, sampling, live.traceparent)
             live.preprocess_ms = (time.perf_counter() - started) * 1e3
             live.stop, live.prompt_tokens = Sampling.from_json(resolved).stop, len(input_ids)
-            self._stages.submit(handle, input_ids, resolved, asked, live.traceparent)
+            left = asked.after(time.monotonic() - live.admitted)
+            self._stages.submit(handle, input_ids, resolved, left, live.traceparent)
         except StageError as error:
             with self._lock:
                 self._live.pop(handle, None)

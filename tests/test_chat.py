@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,13 +156,24 @@ def test_a_deadline_that_passes_is_a_timeout_of_generate(chat: Chat, script: Scr
     """After what was made until then: its text and counts are told."""
     sink = Listener()
     chat.admit("h", "a", sink, None)
-    chat.start("h", {"text": "xyz"}, "{}", Terms(priority=-2, timeout_ms=50))
-    assert script.asked == {"h": Terms(-2, 50)}
+    chat.start("h", {"text": "xyz"}, "{}", Terms(priority=-2, timeout_ms=60_000))
+    assert script.asked["h"].priority == -2
+    assert 0 < (script.asked["h"].timeout_ms or 0) <= 60_000
     script.polls = [Poll([Row("h", [72], "timeout")], {})]
     chat.turn()
     last = sink.events[-1]
     assert last.error is not None
     assert (last.error.code, last.error.stage, last.finish_reason, last.texts) == ("timeout", "generate", "", ["H"])
+    assert chat.idle
+
+
+def test_time_that_preprocess_took_is_not_given_again(chat: Chat, script: Script) -> None:
+    sink = Listener()
+    script.during_preprocess = lambda: time.sleep(0.02)
+    chat.admit("h", "a", sink, None)
+    chat.start("h", {"text": "xyz"}, "{}", Terms(timeout_ms=10))
+    assert [event.error.code for event in sink.events if event.error] == ["timeout"]
+    assert script.submitted == {}
     assert chat.idle
 
 
