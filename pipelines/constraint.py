@@ -7,7 +7,8 @@ them). Knows no engine, and no text but the tokenizer's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from pipelines.engine import Bits, Constraint
 from pipelines.grammar import compile_structure, refused, start
 from pipelines.structure import Structure
 
+_stack = threading.Lock()
+
 
 class Constraints:
     """A model's. Its tokenizer is read once, in the background: 0.2 s for 49,152 tokens, 2.3 s for 262,144.
@@ -27,13 +30,14 @@ class Constraints:
     """
 
     def __init__(self, tokenizer_json: Path, eos_ids: Iterable[int], *, threads: int = 0) -> None:
-        self._pool = ThreadPoolExecutor(threads or max(1, min(8, (os.cpu_count() or 2) // 2)), "masks")
+        count = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
+        self._pool = ThreadPoolExecutor(count, "masks")
         self._tokenizer = self._pool.submit(_read, tokenizer_json, sorted(eos_ids))
 
     def __call__(self, structure: Structure) -> Constraint:
         """One request's, with its first mask computed. May take a second: not for the engine's thread."""
         tokenizer, no_end = self._tokenizer.result()
-        return _Followed(start(tokenizer, compile_structure(structure)), no_end, self._pool)
+        return _deep(lambda: _Followed(start(tokenizer, compile_structure(structure)), no_end, self._pool))
 
 
 class _Followed:
@@ -73,6 +77,25 @@ class _Followed:
             bits = bits.copy()
             bits.view(np.uint32)[self._no_end // 32] &= np.uint32(0xFFFFFFFF ^ 1 << self._no_end % 32)
         return bits
+
+
+def _deep(make: Callable[[], _Followed]) -> _Followed:
+    """In a thread with a deep stack: llguidance goes down a grammar by recursion, and an overflow ends the process."""
+    made: Future[_Followed] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:
+            made.set_exception(error)
+
+    with _stack:
+        before = threading.stack_size(256 << 20)  # of addresses: pages are had when they are touched
+        try:
+            threading.Thread(target=run, name="structure", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return made.result()
 
 
 def _read(tokenizer_json: Path, eos_ids: list[int]) -> tuple[LLTokenizer, int | None]:

@@ -1,7 +1,7 @@
 """A structure compiled by llguidance, and what is wrong with one that cannot be.
 
-Knows no request and no model, nor a model's vocabulary: `check` takes the tokenizer's special tokens alone, and so
-needs none of the seconds and the memory that a large vocabulary takes; `constraint` follows a grammar token by token.
+Knows no request and no model, nor a model's vocabulary: `try_out` takes the tokenizer's special tokens alone,
+and so needs none of the seconds and the memory that a large vocabulary takes. Tokens are followed by `constraint`.
 A schema is followed exactly or refused: whatever llguidance would only approximate is an error that names it.
 """
 
@@ -57,8 +57,8 @@ def compile_structure(structure: Structure) -> str:
         raise refused(str(error)) from None
 
 
-def check(structure: Structure, special_tokens: Sequence[str] = ()) -> None:
-    """A StageError if llguidance cannot follow it. Takes a second or so at the very worst."""
+def try_out(structure: Structure, special_tokens: Sequence[str] = ()) -> None:
+    """A StageError if llguidance cannot follow it. A hostile one takes endlessly or ends the process: see `check`."""
     tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(special_tokens)))
     matcher = start(tokenizer, compile_structure(structure))
     # Some limits are met only by the first tokens: the first that may come is as good as any.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from pipelines.errors import StageError
 from pipelines.messages import load_messages, utf8
@@ -108,14 +108,14 @@ class Preprocess:
                 f"'logit_bias' has token {last}; this model's tokens are 0 to {size - 1}.", param="logit_bias"
             )
         if sampling.response_format is not None:
-            from pipelines.grammar import check  # llguidance: only where it is used
+            from pipelines.trial import check  # llguidance: only where it is used
 
-            check(sampling.response_format, [added.content for added in self._added if added.special])
+            check(sampling.response_format, self._special_tokens)
         return sampling
 
     @cached_property
-    def _added(self) -> list[AddedToken]:
-        return list(self.tokenizer.get_added_tokens_decoder().values())
+    def _special_tokens(self) -> tuple[str, ...]:
+        return tuple(added.content for added in self.tokenizer.get_added_tokens_decoder().values() if added.special)
 
     def _fit(self, sampling: Sampling, used: int, param: str) -> Sampling:
         """`max_tokens` resolved: what was asked for if it fits, or all that is left. OpenAI's wording."""
