@@ -15,6 +15,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description="The engine against its peers.")
     parser.add_argument("--pipeline", help="whose weights (default: the catalog's default)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, help="decoded of each stream (default: 49, of a shape 129)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--ours", default="auto", help="dtypes; the ratios are the first one's (default: %(default)s)")
     parser.add_argument("--peers", default=",".join(PEERS), help="of %(default)s; an empty string for none")
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--peers takes {', '.join(PEERS)}, not {', '.join(sorted(unknown))}")
     if given.rounds < 1 or given.threads < 1:
         parser.error("--rounds and --threads must be 1 or more")
+    if given.tokens is not None and given.tokens < 3:
+        parser.error("--tokens must be 3 or more: the first has no rate")
     if given.device != "cpu" and not given.shape:
         parser.error(f"--device {given.device} needs --shape, one of {', '.join(SHAPES)}")
     with processes.terminated_as_exit():
@@ -67,7 +71,7 @@ def on_pipeline(given: argparse.Namespace) -> dict[str, Any]:
 
     name = given.pipeline or DEFAULT
     home = pull(get_pipeline(name))
-    contest = Contest(ON_PIPELINE, prompts.of_words(home / "tokenizer.json"))
+    contest = Contest(_measures(ON_PIPELINE, given), prompts.of_words(home / "tokenizer.json"))
     streams = max(measure.streams for measure in contest.measures)
     common = {"home": str(home), "threads": given.threads, "streams": streams}
     ours = [f"triptych {dtype}" for dtype in given.ours.split(",")]
@@ -95,7 +99,7 @@ def on_pipeline(given: argparse.Namespace) -> dict[str, Any]:
 
 def on_shape(given: argparse.Namespace) -> dict[str, Any]:
     """Random weights, so no llama.cpp; and no generate, which has no bearing on a card's many streams."""
-    contest = Contest(ON_SHAPE, prompts.of_numbers(500))  # ids that every shape has
+    contest = Contest(_measures(ON_SHAPE, given), prompts.of_numbers(500))  # ids that every shape has
     one = contest.measures[0]
     streams = max(measure.streams for measure in contest.measures)
     common = {"shape": given.shape, "device": given.device, "threads": given.threads, "streams": streams}
@@ -141,11 +145,16 @@ def result(contest: Contest, ours: str, peers: Sequence[str]) -> dict[str, Any]:
         **compared,
         "ours": ours,
         "rounds": len(series[ours][heads[0]]),
+        "measures": [asdict(measure) for measure in contest.measures],
         "tokens_per_s": {name: rounds.medians(series[name]) for name in series},
         "spread": spread,
         "peers": {name: peer.info for name, peer in contest.peers.items()},
         "failed": contest.failed,
     }
+
+
+def _measures(measures: Sequence[Measure], given: argparse.Namespace) -> list[Measure]:
+    return [replace(each, tokens=given.tokens if given.tokens and each.tokens else each.tokens) for each in measures]
 
 
 def _peer(label: str, given: argparse.Namespace, module: str, tokens: int | None = None) -> partial[Peer]:

@@ -5,7 +5,6 @@ Knows pip; not what is measured. The folder may be removed at any time: it is bu
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +48,6 @@ def _build(folder: Path, interpreter: Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, worker.PARENT: str(os.getpid())},
                 start_new_session=True,
                 preexec_fn=worker.die_with_parent,
             )
