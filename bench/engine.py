@@ -89,6 +89,7 @@ def on_pipeline(given: argparse.Namespace) -> dict[str, Any]:
             start = _peer("transformers_cb", given, "transformers_worker", tokens=CB_TOKENS)
             contest.add("transformers_cb", start, continuous=True, dtype="bfloat16", **common)
         contest.warm(ours)
+        _present(contest, ours[0])
         if "transformers" in given.peers:
             contest.keep_faster("transformers", kinds)
         contest.run(given.rounds)
@@ -110,6 +111,7 @@ def on_shape(given: argparse.Namespace) -> dict[str, Any]:
             start = _peer("transformers_cb", given, "transformers_worker")
             contest.add("transformers_cb", start, continuous=True, dtype="bfloat16", **common)
         contest.warm([name])
+        _present(contest, name)
         contest.run(given.rounds)
         ours = _present(contest, name)
         bandwidth = ours.call("copy_bandwidth", 60, device=given.device)
