@@ -16,12 +16,13 @@ from pipelines.engine import Limits, Output, Request
 from pipelines.engine.batched import BatchedEngine
 from pipelines.sampling import Sampling
 
+_LONGEST = 512  # tokens of a stream, with what it is ahead when the last one begins
+
 
 class Handlers:
     def __init__(self) -> None:
         self._engine: Any = None
         self._count = 0
-        self._roof: tuple[Any, str] | None = None
 
     def load(
         self,
@@ -38,11 +39,13 @@ class Handlers:
         torch.set_num_threads(threads)
         started = time.perf_counter()
         info: dict[str, Any] = {}
+        room: dict[str, Any] = {}
         if shape:
             from bench import shapes
 
             model = shapes.random_model(shape, device)
             limits = Limits(context=model.config.max_position_embeddings, eos_ids=frozenset())
+            room["kv_bytes"] = streams * _LONGEST * shapes.position_bytes(model)
             info["step_bytes"] = shapes.step_bytes(model, context)
         else:
             from pipelines.engine.weights import load
@@ -50,7 +53,7 @@ class Handlers:
             assert home is not None
             model, found = load(Path(home), dtype=dtype, device=device)
             limits = Limits(context=found.context, eos_ids=frozenset())  # no answer ends by itself
-        self._engine = BatchedEngine(model, limits, max_running=streams)
+        self._engine = BatchedEngine(model, limits, max_running=streams, **room)
         return {**info, "load_s": time.perf_counter() - started}
 
     def copy_bandwidth(self, device: str) -> float:
@@ -60,7 +63,8 @@ class Handlers:
 
     def decode(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """Until every stream has its tokens. None ends before: the others would be faster without it."""
-        times: dict[str, list[float]] = {self._submit(prompt, 2 * tokens + 64): [] for prompt in prompts}
+        most = 2 * tokens + 4 * len(prompts) + 64  # the first may be ahead by a step a prompt, or two
+        times: dict[str, list[float]] = {self._submit(prompt, most): [] for prompt in prompts}
         while min(map(len, times.values())) < tokens:
             for output in self._step():
                 times[output.id] += [time.perf_counter()] * len(output.token_ids)

@@ -70,14 +70,18 @@ def random_model(shape: str, device: str) -> Any:
 
 def step_bytes(model: Any, context: int) -> int:
     """What a step of one stream must read: all weights but an embedding that is only looked up, and keys and values."""
-    text = model.config.get_text_config()
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
     embedding = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight is not embedding:
         del weights[embedding.data_ptr()]
+    return int(sum(weights.values())) + context * position_bytes(model)
+
+
+def position_bytes(model: Any) -> int:
+    """Keys and values of one token."""
+    text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    position: int = 2 * text.num_hidden_layers * text.num_key_value_heads * head * embedding.element_size()
-    return int(sum(weights.values())) + context * position
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head * model.dtype.itemsize)
 
 
 def copy_bandwidth(device: str) -> float:

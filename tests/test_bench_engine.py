@@ -246,26 +246,15 @@ def test_a_build_of_llama_cpp_that_fails_is_a_reason_and_one_that_works_is_kept(
 # The whole of it
 
 
-def test_random_weights_of_a_tiny_shape_end_to_end(capsys):
-    arguments = [
-        "--device",
-        "cpu",
-        "--shape",
-        "tiny",
-        "--rounds",
-        "1",
-        "--peers",
-        "",
-        "--threads",
-        "1",
-        "--tokens",
-        "9",
-    ]
+def test_random_weights_of_a_tiny_shape_end_to_end(capsys, monkeypatch):
+    monkeypatch.setattr(engine, "ON_SHAPE", (Measure("decode_1", 1, 40, 129), Measure("decode_4", 4, 40, 129)))
+    arguments = ["--device", "cpu", "--shape", "tiny", "--rounds", "1", "--threads", "1", "--tokens", "17"]
     assert engine.main(arguments) == 0
     *_, last = capsys.readouterr().out.strip().splitlines()
     found = json.loads(last)
     assert (found["shape"], found["device"], found["rounds"], found["failed"]) == ("tiny", "cpu", 1, {})
-    assert found["tokens_per_s"]["triptych bfloat16"].keys() == {"decode_1", "decode_64", "decode_256"}
+    assert found["tokens_per_s"]["triptych bfloat16"].keys() == {"decode_1", "decode_4"}
+    assert found["vs_transformers_cb"].keys() == {"decode_1", "decode_4"}
     assert 0 < found["roofline_share_1"] < 1
     assert found["copy_bytes_per_s"] > 0
 
