@@ -1,49 +1,28 @@
 """Load on any OpenAI endpoint: first token, time between events, throughput, errors by kind.
 
-python -m bench.load --url http://127.0.0.1:8080/v1 --model NAME --concurrency 16 --requests 200
+    python -m bench.load --url http://127.0.0.1:8080/v1 --model NAME --concurrency 16 --requests 200
+    python -m bench.load --model NAME --of-bare-engine 5
+
+The second measures, in so many turns, the server's streams and the bare engine's, and says how much of it is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uvloop
 
-from bench.client import Client, Endpoint, Result
+from bench import processes
+from bench.client import Endpoint, Result
+from bench.drive import drive
 from bench.report import json_line, milliseconds, table
 
 DEFAULT_PROMPT = "Write a short story about a lighthouse keeper."
-
-
-async def drive(
-    endpoint: Endpoint,
-    path: str,
-    body: Callable[[int], Mapping[str, Any]],
-    *,
-    concurrency: int,
-    requests: int,
-    timeout: float = 60,
-) -> tuple[list[Result], float]:
-    """Keeps `concurrency` requests under way until there were `requests`; the results, and the seconds."""
-    results: list[Result] = []
-    numbers = iter(range(requests))
-
-    async def worker() -> None:
-        client = Client(endpoint)
-        for number in numbers:
-            results.append(await client.post(path, body(number), timeout=timeout))
-        client.close()
-
-    started = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(min(concurrency, requests))))
-    return results, time.perf_counter() - started
 
 
 def summary(results: Sequence[Result], seconds: float) -> dict[str, Any]:
@@ -97,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description="Load on any OpenAI endpoint.")
     parser.add_argument("--url", default="http://127.0.0.1:8080/v1", help="base URL (default: %(default)s)")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--concurrency", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=10)
+    parser.add_argument("--concurrency", type=int, help="requests at a time (default: 1; with --of-bare-engine 16)")
+    parser.add_argument("--requests", type=int, help="(default: 10)")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT)
@@ -112,13 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one request")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
+    parser.add_argument("--of-bare-engine", type=int, metavar="ROUNDS", help="in turns with the engine alone")
     given = parser.parse_args(arguments)
-    if given.concurrency < 1 or given.requests < 1:
+    concurrency = (16 if given.of_bare_engine else 1) if given.concurrency is None else given.concurrency
+    requests = 10 if given.requests is None else given.requests
+    if concurrency < 1 or requests < 1:
         parser.error("--concurrency and --requests must be 1 or more")
     try:
         endpoint = Endpoint(given.url, given.api_key)
     except ValueError as error:
         parser.error(str(error))
+    if given.of_bare_engine is not None:
+        return _of_bare_engine(parser, given, endpoint, concurrency)
 
     body: dict[str, Any] = {"model": given.model, "max_tokens": given.max_tokens, "stream": given.stream}
     if given.temperature is not None:
@@ -136,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             endpoint,
             path,
             lambda number: body,
-            concurrency=given.concurrency,
-            requests=given.requests,
+            concurrency=concurrency,
+            requests=requests,
             timeout=given.timeout,
         )
     )
@@ -145,6 +129,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_summary(found)
     print(json_line(found))
     return 0 if found["succeeded"] else 1
+
+
+def _of_bare_engine(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, endpoint: Endpoint, concurrency: int
+) -> int:
+    from bench import of_bare  # here, because any endpoint can be loaded without a catalog
+
+    if given.of_bare_engine < 1:
+        parser.error("--of-bare-engine must be 1 or more")
+    for name in ("requests", "temperature"):
+        if getattr(given, name) is not None:
+            parser.error(f"--{name} does not go with --of-bare-engine, which asks for the same of both")
+    if given.prompt != DEFAULT_PROMPT or not given.stream or not given.usage or given.completions:
+        parser.error("--prompt, --completions, --no-stream and --no-usage do not go with --of-bare-engine")
+    with processes.terminated_as_exit():
+        return of_bare.report(
+            endpoint,
+            given.model,
+            streams=concurrency,
+            tokens=given.max_tokens,
+            turns=given.of_bare_engine,
+            timeout=given.timeout,
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
 
 
@@ -122,6 +123,15 @@ def resident(pids: Sequence[int]) -> dict[str, int]:
         if fields := _read(_PROC / str(pid) / "statm").split():
             sizes[f"{process_name(pid)} ({pid})"] = int(fields[1]) * _PAGE
     return sizes
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Processor time these processes have used, with that of their children that have ended."""
+    ticks = 0
+    for pid in pids:
+        if stat := _read(_PROC / str(pid) / "stat"):
+            ticks += sum(map(int, stat.rpartition(")")[2].split()[11:15]))  # utime, stime, cutime, cstime
+    return ticks / _TICKS_PER_S
 
 
 def shared_memory(pids: Sequence[int]) -> int:

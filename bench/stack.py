@@ -30,7 +30,7 @@ import uvloop
 from bench import processes, soak
 from bench.client import Endpoint, Result
 from bench.direct import Direct
-from bench.load import drive
+from bench.drive import drive
 from bench.report import json_line, median, percentile, shown, table
 from pipelines.pipeline import DEFAULT, catalog_dirs, get_pipeline
 
