@@ -19,7 +19,7 @@ from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.compatible import CompatibleModel
 from pipelines.engine.flat import FlatModel
 from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
-from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, by_position, by_rectangle
+from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, by_rectangle
 from pipelines.engine.slots import Unsupported, position_bytes
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,10 @@ class BatchedEngine:
             self.why_not_fast = str(why)
             self._forward = CompatibleModel(model)
         fast = not self.why_not_fast
-        charge = by_position if model.device.type == "cpu" else by_rectangle
-        self._scheduler = Scheduler(self._forward, capacity, max_running, share=fast, chunked=fast, charge=charge)
+        self._scheduler = Scheduler(self._forward, capacity, max_running, share=fast, chunked=fast)
+        if model.device.type != "cpu":  # hundreds of tokens more are hardly a longer step, and memory is taken whole
+            self._scheduler.beside, self._scheduler.alone = 512, 8192
+            self._scheduler.charge = by_rectangle
         self._clock = clock
         self._numbers = itertools.count()
         self._refused: list[Output] = []

@@ -25,8 +25,9 @@ from pipelines.engine import Request
 
 Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
-BESIDE = 32  # prompt tokens a step takes in beside rows that decode: they get a token each step all the same
-ALONE = 512  # when nobody decodes
+# Prompt tokens a step takes in: beside rows that decode, which get a token each step all the same, and when none does.
+BESIDE = 32
+ALONE = 512
 LEAST_SHARED = 16  # a shorter common beginning is computed again: copying it is no cheaper
 MAX_KEPT = 32  # ended rows whose slots are kept
 GRAIN = 64  # positions that room is counted in
@@ -147,6 +148,8 @@ class Scheduler:
     max_running: int
     share: bool = True
     chunked: bool = True
+    beside: int = BESIDE
+    alone: int = ALONE
     charge: Callable[[Sequence[int]], int] = by_position
     running: list[Row] = field(default_factory=list)
     waiting: list[Row] = field(default_factory=list)  # a heap
@@ -189,7 +192,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step. Whoever carries it out calls `computed` for what was computed."""
         self._make_room()
-        budget = BESIDE if any(row.decodes for row in self.running) else ALONE
+        budget = self.beside if any(row.decodes for row in self.running) else self.alone
         if self.waiting:
             self._admit(budget - sum(row.pending for row in self.running if not row.decodes))
         decoding = self._arrange()
