@@ -48,17 +48,21 @@ TREE = {
     },
     "$ref": "#/$defs/node",
 }
+KINDS = [
+    {
+        "type": "object",
+        "properties": {"kind": {"const": kind}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    for kind in "ab"
+]
 DATED = {
     "type": "object",
     "properties": {
         "day": {"type": "string", "format": "date"},
         "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{3}$"},
-        "one": {
-            "oneOf": [
-                {"type": "object", "properties": {"kind": {"const": "a"}}, "required": ["kind"]},
-                {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]},
-            ],
-        },
+        "one": {"oneOf": KINDS},
     },
     "required": ["day", "code"],
     "additionalProperties": False,
