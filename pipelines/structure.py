@@ -36,7 +36,7 @@ class Structure:
         if not isinstance(given, Mapping):
             raise _refused(f"'{_PARAM}' must be an object with a 'type'.")
         kind = given.get("type")
-        if kind not in _TAKES:
+        if not isinstance(kind, str) or kind not in _TAKES:
             raise _refused(f"'{_PARAM}.type' must be one of {', '.join(_TAKES)}.")
         takes = _TAKES[kind]
         if unknown := sorted(given.keys() - {"type", takes}):

@@ -8,6 +8,7 @@ grammars but that `grammar.try_out` raises a StageError.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import resource
 import select
@@ -47,6 +48,7 @@ def check(structure: Structure, special_tokens: tuple[str, ...] = ()) -> None:
 def _tell(send: int, structure: Structure, special_tokens: tuple[str, ...]) -> None:
     """The child's whole life. Whatever happens, it does not return into a copy of its parent."""
     try:
+        faulthandler.disable()  # if it is on: an overflow here is no news
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
         try:

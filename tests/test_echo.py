@@ -9,6 +9,7 @@ from pipelines.engine import Limits, Output, Request
 from pipelines.engine.echo import EchoEngine
 from pipelines.engine.limits import read_limits
 from pipelines.sampling import Sampling
+from pipelines.structure import Structure
 
 EOS = 2
 
@@ -189,3 +190,42 @@ def test_limits_ask_the_tokenizer_when_no_file_gives_the_id(tmp_path):
 def test_a_config_without_a_context_is_an_error_that_names_the_file(tmp_path, config):
     with pytest.raises(ValueError, match=r"config\.json"):
         read_limits(write(tmp_path, config=config))
+
+
+def test_it_is_certain_of_what_it_repeats():
+    driven = engine()
+    driven.submit(Request("a", [5, 6], Sampling(max_tokens=3, logprobs=True, top_logprobs=7)))
+    driven.submit(Request("b", [5, 6], Sampling(max_tokens=1, logprobs=True)))
+    found = {"a": [], "b": []}
+    while driven.busy:
+        for output in driven.step():
+            found[output.id] += output.logprobs
+    assert found["a"] == [(5, 0.0, [(5, 0.0)]), (6, 0.0, [(6, 0.0)]), (5, 0.0, [(5, 0.0)])]
+    assert found["b"] == [(5, 0.0, [])]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": Structure("json_object")},
+        {"logit_bias": ((5, 1.0),)},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": -1.0},
+        {"repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do_is_an_error_and_not_dropped(fields):
+    driven = engine()
+    driven.submit(Request("a", [5, 6], Sampling(max_tokens=3, **fields)))
+    driven.submit(Request("b", [5, 6], Sampling(max_tokens=3, top_k=5, min_p=0.1)))
+    found = drain(driven)
+    (name,) = fields
+    assert (found["a"].token_ids, found["a"].finish_reason) == ([], "error")
+    assert f"'{name}' cannot be applied" in found["a"].error
+    assert (found["b"].token_ids, found["b"].finish_reason) == ([5, 6, 5], "length")
+
+
+def test_an_end_comes_after_min_tokens_or_never():
+    assert answer([5, 6], Sampling(min_tokens=5)) == ([5, 6, 5, 6, 5, EOS], "stop")
+    assert answer([5, 6], Sampling(ignore_eos=True), context=6) == ([5, 6, 5, 6], "length")

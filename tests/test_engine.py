@@ -410,3 +410,53 @@ def test_gemma3_answers_as_generate_does(gemma3_home):
     ids = AutoTokenizer.from_pretrained(gemma3_home)("The capital of France is")["input_ids"]
     wanted = reference(model, ids, 6)
     assert answer(BatchedEngine(model, limits), ids, greedy(6))[0] == wanted
+
+
+MANY_WAYS = [
+    {},
+    {"top_p": 0.9},
+    {"top_k": 7, "temperature": 1.7},
+    {"min_p": 0.05, "repetition_penalty": 1.3},
+    {"temperature": 0, "frequency_penalty": 0.5},
+    {"presence_penalty": 1.0, "logit_bias": ((5, 3.0), (9, -100.0))},
+    {"temperature": 0, "logprobs": True, "top_logprobs": 3},
+    {"temperature": 0},
+]
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_among_32():
+    asked = [Sampling(max_tokens=12, seed=n, **MANY_WAYS[n % len(MANY_WAYS)]) for n in range(32)]
+    requests = [Request(str(n), prompt(3 + n, n), sampling) for n, sampling in enumerate(asked)]
+    together = engine("llama", max_running=32)
+    for request in requests:
+        together.submit(request)
+    tokens, _ = drain(together)
+    for request in requests:
+        assert answer(engine("llama"), request.input_ids, request.sampling)[0] == tokens[request.id]
+
+
+def test_logprobs_are_those_of_a_plain_forward(llama):
+    driven, found = engine("llama"), []
+    driven.submit(Request("a", prompt(9), Sampling(max_tokens=8, seed=3, logprobs=True, top_logprobs=4, top_p=0.5)))
+    while driven.busy:
+        for output in driven.step():
+            assert [logprob.token_id for logprob in output.logprobs] == output.token_ids
+            found += output.logprobs
+    ids = [*prompt(9), *(logprob.token_id for logprob in found)]
+    with torch.inference_mode():
+        wanted = torch.log_softmax(llama(torch.tensor([ids])).logits[0, 8:-1].double(), -1)
+    for row, logprob in zip(wanted, found, strict=True):
+        assert logprob.logprob == pytest.approx(row[logprob.token_id].item(), abs=1e-3)
+        values, tokens = row.topk(4)
+        assert [token for token, _ in logprob.top] == tokens.tolist()
+        assert [value for _, value in logprob.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_min_tokens_and_ignore_eos_go_on_past_an_end(llama):
+    plain = reference(llama, prompt(9), 12)
+    end = plain[3]
+    first = plain.index(end)
+    assert answer(engine("llama", eos=(end,)), prompt(9), greedy(12)) == (plain[: first + 1], "stop")
+    assert answer(engine("llama", eos=(end,)), prompt(9), greedy(12, ignore_eos=True)) == (plain, "length")
+    tokens, _ = answer(engine("llama", eos=(end,)), prompt(9), greedy(12, min_tokens=first + 1))
+    assert end not in tokens[: first + 1]

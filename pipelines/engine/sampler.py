@@ -214,7 +214,10 @@ def _count(head: Tensor, size: int, limits: _Limits) -> tuple[Tensor, Tensor]:
     cumulative = of_k.cumsum(-1)
     within = limits.top_k <= length
     mass = torch.where(within, cumulative[:, -1], limits.total)
-    kept = (cumulative - of_k < (limits.top_p * mass)[:, None]) & in_k & (of_k >= limits.min_p[:, None] * of_k[:, :1])
+    enough = (
+        limits.top_p * mass * (1 - 1e-6)
+    )  # float32 weights are sure to so many digits: what is as near has reached it
+    kept = (cumulative - of_k < enough[:, None]) & in_k & (of_k >= limits.min_p[:, None] * of_k[:, :1])
     kept[:, 0] = True
     count = kept.sum(-1)
     known = (count < length) & (within | (limits.top_k >= size))
