@@ -7,12 +7,15 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from pipelines.engine import native
+from pipelines.engine import native, swap
 from pipelines.engine.codes import GROUP, codes, quantised
 from pipelines.engine.native import NoKernels
 from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeWeight
-from tests.test_codes import KINDS, blocks
+from pipelines.engine.weights import WeightsError, load
+from tests.test_codes import KINDS, blocks, numbers
+from tests.test_engine import MODELS, answer, engine, greedy, prompt, write_gguf
 
 ROWS, COLUMNS = 80, 512
 COUNTS = (1, 2, 3, 5, 16, 33, 100)
@@ -41,9 +44,9 @@ def inputs(count, columns=COLUMNS, seed=0):
 
 def rounded(x):
     """As the kernels round inputs: 8 bits, with a scale for every 32."""
-    groups = x.double().reshape(len(x), -1, GROUP)
+    groups = x.reshape(len(x), -1, GROUP)
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return ((groups * 127 / largest).round() * largest / 127).reshape(x.shape)
+    return ((groups * (127 / largest)).round().double() * (largest / 127)).reshape(x.shape)
 
 
 def product(x, weight):
@@ -76,12 +79,23 @@ def test_it_is_a_linear_layer_of_what_gguf_dequantises(kernels, kind):
 )
 def test_any_shape_and_size_of_weights(kernels, bits, rows, groups, count, seed, size):
     weight = np.random.default_rng(seed).normal(0, size, (rows, groups * GROUP)).astype(np.float32)
-    made = quantised(weight, bits)
-    stored = (made.scale[..., None] * made.values + made.base[..., None]).reshape(weight.shape)
+    made = as_float16(quantised(weight, bits))
     layer, x, bias = NativeWeight(made), inputs(count, groups * GROUP, seed), torch.randn(rows) * size
-    found = NativeLinear(kernels, layer, bias=bias)(x) - bias
-    assert float((found - product(x, stored)).abs().max()) < 2e-3 * size * (groups * GROUP) ** 0.5
-    assert torch.equal(NativeLinear(kernels, layer, bias=bias)(x[:1])[0], (found + bias)[0]) or count == 1
+    found = NativeLinear(kernels, layer, bias=bias)(x)
+    wanted = product(x, numbers(made)) + bias
+    # A sum in float32, of terms that may cancel out: the 8-bit codes' are as large as the base times all inputs.
+    terms = rounded(x).abs() @ torch.from_numpy(np.abs(numbers(made))).double().t() + bias.abs()
+    assert bool(((found - wanted).abs() <= 1e-5 * terms).all())
+    assert torch.equal(NativeLinear(kernels, layer, bias=bias)(x[-1:])[0], found[-1])
+
+
+def as_float16(made):
+    """With scales and bases that have no more digits than float16: then the kernels round no weight."""
+
+    def shorter(numbers):
+        return (numbers.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    return made._replace(scale=shorter(made.scale), base=shorter(made.base))
 
 
 def test_a_row_has_the_same_bits_alone_and_beside_others(kernels):
@@ -253,20 +267,23 @@ def test_a_gguf_model_on_the_kernels_is_the_dequantised_one(name, kind, tmp_path
     assert len(answer(engine(model), prompt(5), greedy(5))[0]) == 5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # with a head of its own, and with the embedding's
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.usefixtures("loaded_kernels")
-def test_safetensors_are_quantised_when_asked(name, tmp_path):
+def test_safetensors_are_quantised_when_asked(name, bits, tmp_path):
     save(name, tmp_path, None, initializer_range=0.2)
-    plain, _ = load(tmp_path)
-    ids = prompt(20)
-    assert swap.linears_of(plain)
-    off = {}
-    for quantize_as in ("int8", "int4"):
-        model, _ = load(tmp_path, quantize=quantize_as)
-        assert not swap.linears_of(model)
-        off[quantize_as] = error(logits(model, ids), logits(plain, ids))
-    assert off["int8"] < 0.03
-    assert off["int8"] < off["int4"] < 0.3
+    plain, ids = load(tmp_path)[0], prompt(20)
+    before, tied = logits(plain, ids), swap.is_tied(plain)
+    with torch.no_grad():
+        for linear in swap.linears_of(plain).values():
+            of = 8 if tied and linear is plain.lm_head else bits
+            linear.weight.copy_(torch.from_numpy(numbers(quantised(linear.weight.numpy(), of))))
+    model, _ = load(tmp_path, quantize=f"int{bits}")
+    assert not swap.linears_of(model)
+    assert type(model.get_input_embeddings()) is (NativeEmbedding if tied else torch.nn.Embedding)
+    # Measured 0.04, the rounding of inputs: small layers do that less evenly than large ones.
+    assert error(logits(model, ids), logits(plain, ids)) < 0.08
+    assert error(logits(model, ids), before) > 0
 
 
 def test_what_cannot_be_quantised_says_so(tmp_path, monkeypatch):
@@ -279,13 +296,13 @@ def test_what_cannot_be_quantised_says_so(tmp_path, monkeypatch):
         load(tmp_path, quantize="int8", dtype="bfloat16")
     (tmp_path / "model.safetensors").unlink()
     save("llama", tmp_path, Kind.Q8_0)
-    with pytest.raises(WeightsError, match="model.gguf is quantised already: leave out quantize = 'int4'"):
+    with pytest.raises(WeightsError, match=r"model\.gguf is quantised already: leave out quantize = 'int4'"):
         load(tmp_path, quantize="int4")
 
 
 TEXT = (
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\nThe capital of France is Paris. It "
-    "lies on the river Seine, in the north of the country, and more than two million people live there."
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\nThe capital of France is Paris."
+    " It lies on the river Seine, in the north of the country, and more than two million people live there."
 )
 
 
@@ -332,7 +349,7 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_file_that_is_no_library_is_refused(tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    with pytest.raises(NoKernels, match="broken.so"):
+    with pytest.raises(NoKernels, match=r"broken\.so"):
         native.Kernels(broken)
 
 

@@ -102,9 +102,10 @@ def _load_gguf(home: Path, path: Path, dtype: torch.dtype, swap: Swap | None) ->
     state = _state(file, names, config, dtype, without)
     model = type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if swap:
+        tied = is_tied(model)
         swap.put(model, linears)
-        if embedding and (is_tied(model) or _EMBEDDING in without):
-            swap.put_embedding(model, embedding(), tied=is_tied(model))
+        if embedding and (tied or _EMBEDDING in without):
+            swap.put_embedding(model, embedding(), tied=tied)
     return model
 
 
