@@ -42,7 +42,7 @@ def load_engine(pipeline: Pipeline) -> Engine:
     from pipelines.engine.batched import BatchedEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, device=device)
+    model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, quantize=pipeline.quantize, device=device)
     limits = replace(limits, context=pipeline.context or limits.context)
     return BatchedEngine(model, limits, max_running=pipeline.max_running)
 
