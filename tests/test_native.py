@@ -8,10 +8,13 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pipelines.engine import native, swap
 from pipelines.engine.codes import GROUP, codes, quantised
 from pipelines.engine.native import NoKernels
+from pipelines.engine.native_attention import attend
 from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeWeight
 from pipelines.engine.weights import WeightsError, load
 from tests.test_codes import KINDS, blocks, numbers
@@ -19,7 +22,7 @@ from tests.test_engine import MODELS, answer, engine, greedy, prompt, write_gguf
 
 ROWS, COLUMNS = 80, 512
 COUNTS = (1, 2, 3, 5, 16, 33, 100)
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -165,18 +168,7 @@ def test_layers_that_are_computed_as_one(kernels):
     assert torch.equal(third(x_again), wanted[2])
 
 
-def attention(kernels, q, keys, values, slots, positions, *, window=0, scale=0.2, softcap=0.0):
-    rows, heads, dim = q.shape
-    out = torch.full((rows, heads, dim), torch.nan)
-    kernels.attention(
-        q.data_ptr(), q.stride(0), q.stride(1), keys.data_ptr(), values.data_ptr(), DTYPES[keys.dtype],
-        *keys.stride()[:3], slots.data_ptr(), positions.data_ptr(), rows, heads, keys.shape[1], dim, window, scale,
-        softcap, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def attended(q, keys, values, slots, positions, *, window=0, scale=0.2, softcap=0.0):
+def attended(q, keys, values, slots, positions, *, window, scale, softcap):
     found = []
     for query, slot, position in zip(q.double(), slots.tolist(), positions.tolist(), strict=True):
         seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
@@ -192,7 +184,7 @@ def attended(q, keys, values, slots, positions, *, window=0, scale=0.2, softcap=
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 1, 256), (3, 3, 80), (10, 2, 8), (2, 2, 100)])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (5, 2.0), (0, 30.0)])
-def test_attention(kernels, dtype, heads, kv_heads, dim, window, softcap):
+def test_attend(kernels, dtype, heads, kv_heads, dim, window, softcap):
     random = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(4, kv_heads, 400, dim, generator=random).to(dtype) for _ in range(2))
     # Single tokens, a prompt across a chunk's border, a prompt's start, and one that follows in another slot.
@@ -201,13 +193,13 @@ def test_attention(kernels, dtype, heads, kv_heads, dim, window, softcap):
     for slot, length in ((0, 138), (1, 3), (2, 2)):  # what no row sees must not matter
         keys[slot, :, length:], values[slot, :, length:] = torch.nan, torch.nan
     q = torch.randn(len(slots), heads, dim, generator=random)
-    options = {"window": window, "softcap": softcap}
-    found = attention(kernels, q, keys, values, slots, positions, **options)
+    options = {"window": window, "softcap": softcap, "scale": 0.2}
+    found = attend(kernels, q, keys, values, slots, positions, **options)
     wanted = attended(q, keys, values, slots, positions, **options)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-6)
     for row in range(len(slots)):
         only = slice(row, row + 1)
-        alone = attention(kernels, q[only], keys, values, slots[only], positions[only], **options)
+        alone = attend(kernels, q[only], keys, values, slots[only], positions[only], **options)
         assert torch.equal(alone[0], found[row])
 
 
@@ -216,7 +208,39 @@ def test_attention_to_scores_far_apart(kernels):
     keys[0, 0, 200, 0], keys[0, 0, 10, 0] = 1000, -1000
     values = torch.randn(1, 1, 300, 16)
     slots, positions, q = torch.tensor([0]), torch.tensor([299]), torch.ones(1, 1, 16)
-    assert torch.equal(attention(kernels, q, keys, values, slots, positions)[0, 0], values[0, 0, 200])
+    assert torch.equal(attend(kernels, q, keys, values, slots, positions, scale=1.0)[0, 0], values[0, 0, 200])
+
+
+def test_attention_refuses_what_it_would_misread(kernels):
+    cache, q, at = torch.zeros(1, 1, 8, 16), torch.zeros(1, 2, 16), torch.tensor([0])
+    with pytest.raises(TypeError, match=r"queries are torch\.bfloat16"):
+        attend(kernels, q.bfloat16(), cache, cache, at, at, scale=1.0)
+    with pytest.raises(ValueError, match="not alike"):
+        attend(kernels, q, cache, cache[:, :, :4], at, at, scale=1.0)
+    with pytest.raises(ValueError, match="1 of int64"):
+        attend(kernels, q, cache, cache, at, at.int(), scale=1.0)
+
+
+@pytest.mark.parametrize("width", [576, 80, 7])
+def test_a_norm(kernels, width):
+    for make, added in ((LlamaRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)):
+        plain = make(width)
+        torch.nn.init.normal_(plain.weight)
+        norm = swap.Native(kernels)._norm(plain)
+        assert norm is not None
+        assert norm.added == added
+        x = inputs(300, width).view(3, 100, width)
+        torch.testing.assert_close(norm(x), plain(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(norm(x[1]), norm(x)[1])
+        assert torch.equal(norm(x.transpose(0, 1)), norm(x).transpose(0, 1))
+
+
+def test_a_norm_that_computes_something_else_is_kept(kernels):
+    class OtherRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + 1
+
+    assert swap.Native(kernels)._norm(OtherRMSNorm(64)) is None
 
 
 def test_one_set_of_threads(kernels):

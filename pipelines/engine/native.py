@@ -35,7 +35,12 @@ _COMPILER_S = 300
 
 # The functions' arguments: p: a pointer, i: a whole number, f: a float
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-_FUNCTIONS = {"linear": "pii pppf p iii pii", "rows": "pi pppf iii pi", "attention": "pii pp iiii pp iiiii ff pi"}
+_FUNCTIONS = {
+    "linear": "pii pppf p iii pii",
+    "rows": "pi pppf iii pi",
+    "rms_norm": "pii pff i pi",
+    "attention": "pii pp iiii pp iiiii ff pi",
+}
 
 
 class NoKernels(Exception):
@@ -55,10 +60,11 @@ class Kernels:
         if version != VERSION:
             raise NoKernels(f"{path} is of version {version}, not {VERSION}")
         self.wide = bool(library.triptych_wide())  # AVX-512; else AVX2
-        self.linear, self.rows, self.attention = (getattr(library, f"triptych_{name}") for name in _FUNCTIONS)
-        for name, arguments in _FUNCTIONS.items():
-            function = getattr(self, name)
-            function.argtypes = [_KINDS[kind] for kind in arguments if kind != " "]
+        functions = {name: getattr(library, f"triptych_{name}") for name in _FUNCTIONS}
+        self.linear, self.rows = functions["linear"], functions["rows"]
+        self.rms_norm, self.attention = functions["rms_norm"], functions["attention"]
+        for name, function in functions.items():
+            function.argtypes = [_KINDS[kind] for kind in _FUNCTIONS[name] if kind != " "]
             function.restype = ctypes.c_int64 if name == "rows" else None
 
 

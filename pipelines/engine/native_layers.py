@@ -90,6 +90,26 @@ class NativeEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.native.bits}"
 
 
+class NativeNorm(nn.Module):
+    """A root mean square norm: `added` is what some models add to its weight when they run, 1 or 0."""
+
+    def __init__(self, kernels: Kernels, weight: nn.Parameter, *, epsilon: float, added: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon, self.added = weight, epsilon, added
+        self._norm, self._width = kernels.rms_norm, weight.shape[0]
+        self._read = weight.detach().float().contiguous()  # the same memory, which so outlives the parameter
+        self._weight = (self._read.data_ptr(), added, epsilon, self._width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat, out = _rows_of(inputs, self._width), torch.empty(inputs.shape)
+        into, threads = out.data_ptr(), torch.get_num_threads()
+        self._norm(flat.data_ptr(), len(flat), flat.stride(0), *self._weight, into, threads)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self._width}, epsilon={self.epsilon}, added={self.added}"
+
+
 class Joined:
     """Several linear layers of one input, such as a query's, key's and value's, as one product.
 

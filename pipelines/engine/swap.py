@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipelines.engine import native
 from pipelines.engine.codes import GROUP, Codes
-from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeWeight
+from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeNorm, NativeWeight
 from pipelines.engine.packed import PackedLinear, fast_here, packable
 
 Linears: TypeAlias = Mapping[str, Callable[[], Codes]]  # by the name of the module
@@ -81,6 +81,24 @@ class Native:
                 layers = self._layers([found[name] for name in alike], biases)
                 for name, layer in zip(alike, layers, strict=True):
                     model.set_submodule(name, layer)
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm") and (norm := self._norm(module)):
+                model.set_submodule(name, norm)
+
+    @torch.inference_mode()
+    def _norm(self, module: nn.Module) -> NativeNorm | None:
+        """The same norm, or None of one that computes something else: tried, since transformers has many."""
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float):
+            return None
+        inputs = torch.sin(torch.arange(3 * len(weight)).float()).view(3, -1)
+        wanted = module(inputs)
+        for added in (0.0, 1.0):
+            norm = NativeNorm(self._kernels, weight, epsilon=epsilon, added=added)
+            if torch.allclose(norm(inputs), wanted, rtol=1e-4, atol=1e-6):
+                return norm
+        return None
 
     def _layers(self, parts: list[Codes], biases: list[Tensor | None]) -> Sequence[nn.Module]:
         given = [bias for bias in biases if bias is not None]
