@@ -81,6 +81,8 @@ class Native:
                 layers = self._layers([found[name] for name in alike], biases)
                 for name, layer in zip(alike, layers, strict=True):
                     model.set_submodule(name, layer)
+        # Two ways of computing the same are as far apart as its inputs are rounded: an engine that compares asks this.
+        model.rounds_inputs = True
         for name, module in list(model.named_modules()):
             if type(module).__name__.endswith("RMSNorm") and (norm := self._norm(module)):
                 model.set_submodule(name, norm)
