@@ -9,14 +9,22 @@
 
 namespace {
 
-// Inputs as 8-bit codes: of each row and group the codes, the scale, their sum, and scale · sum.
+constexpr int64_t TALLEST = 16 * MOST_ROWS;  // rows of inputs that stay in the second cache
+
+// Inputs as 8-bit codes: of each row and group the codes, the scale, their sum, and scale · sum. `tall` rows at a time,
+// group by group, so that a tile's rows are beside each other: one register points at all of them.
 struct Inputs {
+    int64_t groups, tall;
     std::vector<int8_t> codes;
     std::vector<float> scale, shifted;
     std::vector<int32_t> sums;
 
-    void resize(int64_t rows, int64_t groups) {
-        const size_t count = rows * groups;
+    int64_t place(int64_t row, int64_t group) const { return (row / tall * groups + group) * tall + row % tall; }
+
+    void resize(int64_t rows, int64_t of_groups) {
+        groups = of_groups;
+        tall = std::min(rows, TALLEST);
+        const size_t count = (rows + tall - 1) / tall * tall * groups;
         if (scale.size() >= count) return;
         codes.resize(count * GROUP);
         scale.resize(count);
@@ -25,8 +33,9 @@ struct Inputs {
     }
 };
 
-void quantise_row(const float* from, int64_t groups, int64_t place, Inputs& into) {
-    for (int64_t group = 0; group < groups; group++) {
+void quantise_row(const float* from, int64_t row, Inputs& into) {
+    for (int64_t group = 0; group < into.groups; group++) {
+        const int64_t place = into.place(row, group);
         const Floats a = load(from + group * GROUP), b = load(from + group * GROUP + LANES);
         const float most = largest(larger(magnitude(a), magnitude(b)));
         // 0 · x is not 0 where x is no number, and then the product must not be one either: `largest` may not see it.
@@ -34,13 +43,13 @@ void quantise_row(const float* from, int64_t groups, int64_t place, Inputs& into
         const bool some = most > 1e-30f;
         const Floats inverse = all(some ? 127.0f / most : 0.0f);
         const Floats codes_a = nearest(multiply(a, inverse)), codes_b = nearest(multiply(b, inverse));
-        int8_t* codes = into.codes.data() + (place + group) * GROUP;
+        int8_t* codes = into.codes.data() + place * GROUP;
         store_as_bytes(codes, codes_a);
         store_as_bytes(codes + LANES, codes_b);
         const float scale = (some ? most / 127.0f : 0.0f) + broken, total = sum(add(codes_a, codes_b));
-        into.scale[place + group] = scale;
-        into.shifted[place + group] = scale * total;
-        into.sums[place + group] = std::isfinite(total) ? (int32_t)total : 0;
+        into.scale[place] = scale;
+        into.shifted[place] = scale * total;
+        into.sums[place] = std::isfinite(total) ? (int32_t)total : 0;
     }
 }
 
@@ -63,18 +72,18 @@ void tile(const Product& p, int64_t row, int64_t block) {
     Floats sums[ROWS][BLOCKS];
     for (int r = 0; r < ROWS; r++)
         for (int b = 0; b < BLOCKS; b++) sums[r][b] = all(0.0f);
-    const int8_t* inputs = p.inputs->codes.data() + row * p.groups * GROUP;
-    const float* scales = p.inputs->scale.data() + row * p.groups;
-    const float* shifted = p.inputs->shifted.data() + row * p.groups;
-    const int32_t* totals = p.inputs->sums.data() + row * p.groups;
+    const int64_t first = p.inputs->place(row, 0), tall = p.inputs->tall;
+    const int8_t* inputs = p.inputs->codes.data() + first * GROUP;
+    const float* scales = p.inputs->scale.data() + first;
+    const float* shifted = p.inputs->shifted.data() + first;
+    const int32_t* totals = p.inputs->sums.data() + first;
     const uint8_t* codes = p.codes + block * p.groups * STEP;
     const uint16_t* scale = p.scale + block * p.groups * LANES;
     const uint16_t* base = BASE ? p.base + block * p.groups * LANES : nullptr;
     for (int64_t group = 0; group < p.groups; group++) {
         Ints dots[ROWS][BLOCKS];
         for (int r = 0; r < ROWS; r++)
-            for (int b = 0; b < BLOCKS; b++) dots[r][b] = start<BITS>(totals[r * p.groups + group]);
-        const int8_t* here = inputs + group * GROUP;
+            for (int b = 0; b < BLOCKS; b++) dots[r][b] = start<BITS>(totals[r]);
 #pragma GCC unroll 8
         for (int part = 0; part < BITS; part++) {
             for (int b = 0; b < BLOCKS; b++) {
@@ -82,36 +91,37 @@ void tile(const Product& p, int64_t row, int64_t block) {
                 if (BITS == 4) {
                     const Ints low = low_nibbles(both), high = high_nibbles(both);
                     for (int r = 0; r < ROWS; r++) {
-                        const int8_t* at = here + r * p.groups * GROUP + part * 4;
+                        const int8_t* at = inputs + r * GROUP + part * 4;
                         dots[r][b] = dot<BITS>(dots[r][b], low, four(at));
                         dots[r][b] = dot<BITS>(dots[r][b], high, four(at + GROUP / 2));
                     }
                 } else {
                     const Ints whole = prepared<BITS>(both);
                     for (int r = 0; r < ROWS; r++)
-                        dots[r][b] = dot<BITS>(dots[r][b], whole, four(here + r * p.groups * GROUP + part * 4));
+                        dots[r][b] = dot<BITS>(dots[r][b], whole, four(inputs + r * GROUP + part * 4));
                 }
             }
         }
         for (int b = 0; b < BLOCKS; b++) {
             const Floats factor = half(scale + (b * p.groups + group) * LANES);
             for (int r = 0; r < ROWS; r++)
-                sums[r][b] = fused(floats(dots[r][b]), multiply(factor, all(scales[r * p.groups + group])), sums[r][b]);
+                sums[r][b] = fused(floats(dots[r][b]), multiply(factor, all(scales[r])), sums[r][b]);
             if (BASE) {
                 const Floats added = half(base + (b * p.groups + group) * LANES);
                 for (int r = 0; r < ROWS; r++)
-                    sums[r][b] = fused(added, all(shifted[r * p.groups + group]), sums[r][b]);
+                    sums[r][b] = fused(added, all(shifted[r]), sums[r][b]);
             }
         }
+        inputs += tall * GROUP, scales += tall, shifted += tall, totals += tall;
     }
     for (int b = 0; b < BLOCKS; b++) {
-        const int64_t first = (block + b) * LANES, left = p.outputs - first;
+        const int64_t output = (block + b) * LANES, left = p.outputs - output;
         for (int r = 0; r < ROWS; r++) {
             float found[LANES];
             store(found, multiply(sums[r][b], all(p.gain)));
             if (p.bias)
-                for (int lane = 0; lane < LANES && lane < left; lane++) found[lane] += p.bias[first + lane];
-            std::memcpy(p.out + (row + r) * p.stride + first, found, sizeof(float) * std::min<int64_t>(left, LANES));
+                for (int lane = 0; lane < LANES && lane < left; lane++) found[lane] += p.bias[output + lane];
+            std::memcpy(p.out + (row + r) * p.stride + output, found, sizeof(float) * std::min<int64_t>(left, LANES));
         }
     }
 }
@@ -180,19 +190,18 @@ void triptych_linear(const float* inputs, int64_t rows, int64_t input_stride, co
     Inputs& quantised = kept;
     quantised.resize(rows, groups);
     const auto quantise = [&](int64_t row) {
-        quantise_row(inputs + row * input_stride, groups, row * groups, quantised);
+        quantise_row(inputs + row * input_stride, row, quantised);
     };
     share(rows, rows < 16 ? 1 : (int)threads, quantise);
     const Product product{codes, scale, base, gain, bias, groups, outputs, &quantised, out, out_stride};
     const int64_t blocks = (outputs + LANES - 1) / LANES;
-    constexpr int64_t HIGH = 16 * MOST_ROWS;  // rows of inputs that stay in the second cache
-    const int64_t areas_down = (rows + HIGH - 1) / HIGH;
+    const int64_t tall = quantised.tall, areas_down = (rows + tall - 1) / tall;
     const int64_t pieces = std::max<int64_t>(1, 6 * threads / areas_down);
     const int64_t wide = std::max<int64_t>(4, (blocks / pieces + 3) / 4 * 4);
     const int64_t areas_across = (blocks + wide - 1) / wide;
     share(areas_down * areas_across, (int)threads, [&](int64_t at) {
         const int64_t down = at / areas_across, across = at % areas_across;
-        area(product, (int)bits, rows * down / areas_down, rows * (down + 1) / areas_down, across * wide,
+        area(product, (int)bits, down * tall, std::min(rows, (down + 1) * tall), across * wide,
              std::min(blocks, (across + 1) * wide));
     });
 }
