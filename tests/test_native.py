@@ -12,6 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pipelines.engine import native, swap
+from pipelines.engine.batched import BatchedEngine
 from pipelines.engine.codes import GROUP, codes, quantised
 from pipelines.engine.native import NoKernels
 from pipelines.engine.native_attention import attend
@@ -394,3 +395,16 @@ def test_without_avx2_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_OPTIONS", (*native._OPTIONS, "-march=x86-64"))
     with pytest.raises(NoKernels, match="this processor has no AVX2"):
         native.build()
+
+
+QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.usefixtures("loaded_kernels")
+def test_smollm2_on_the_kernels_knows_the_capital_of_france(smollm2_home):
+    model, limits = load(smollm2_home)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_home)
+    ids = tokenizer(QUESTION)["input_ids"]
+    tokens, finished = answer(BatchedEngine(model, limits), ids, greedy(30))
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of France is Paris."
+    assert finished == "stop"
