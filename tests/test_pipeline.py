@@ -55,6 +55,8 @@ def test_a_file_s_name_is_the_pipeline_s(tmp_path):
         ('source = "path:x"\nmax_running = 0', "max_running = 0"),
         ('source = "path:x"\nengine = "vllm"', "engine = 'vllm' must be transformers or echo"),
         ('source = "path:x"\ndtype = "int4"', "dtype = 'int4'"),
+        ('source = "path:x"\nquantize = "int2"', "quantize = 'int2' must be '' (as it is), int8 or int4"),
+        ('source = "path:x"\nquantize = "int4"\ndtype = "float32"', "quantize = 'int4' must be '' where dtype is not"),
         ('source = "path:x"\nstream_event = "line"', "stream_event = 'line'"),
         ('source = "path:x"\necho_tokens_per_s = -1', "echo_tokens_per_s = -1"),
         ('source = "path:x"\nsize_mb = -1', "size_mb = -1"),

@@ -10,20 +10,17 @@ are rounded to bfloat16, which the kernel asks for, and the products as bfloat16
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as Kind
-from gguf.quants import Q4_K
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from pipelines.engine.codes import GROUP, Codes
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
-GROUP = 32  # columns that share a scale: of every block type below, and a size that the kernel takes
 _ROWS = 16  # the kernel takes multiples of as many
 _PART = 4096  # rows packed at once: the codes are 4 bytes each on their way
 
@@ -33,30 +30,14 @@ _MANY = 40
 _MANY_TIED = 10  # the same where the dequantised weight is there already
 
 
-class Codes(NamedTuple):
-    """A weight of N rows and K columns: scale · value + base."""
-
-    bits: int  # 4: values from -8 to 7; 8: from -128 to 127
-    values: Array  # int8 [N, K / 32, 32]
-    scale: Array  # float32 [N, K / 32]
-    base: Array  # float32 [N, K / 32]
-
-
-def packable(kind: Kind, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of this block type and shape can be a `PackedLinear`."""
-    return kind in _CODES and len(shape) == 2 and shape[0] % _ROWS == 0
+def packable(rows: int) -> bool:
+    """Whether a weight of so many rows can be a `PackedLinear`."""
+    return rows % _ROWS == 0
 
 
 def fast_here() -> bool:
     """Without AVX-512 torch multiplies bfloat16 by converting it, and is slower than in float32."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def codes(kind: Kind, rows: Array) -> Codes:
-    """What the blocks of a weight hold; `rows` are its bytes, [N, bytes a row]."""
-    shape, size = (len(rows), -1), GGML_QUANT_SIZES[kind][1]
-    bits, values, scale, base = _CODES[kind](rows.reshape(-1, size))
-    return Codes(bits, values.reshape(*shape, GROUP), scale.reshape(shape), base.reshape(shape))
 
 
 class PackedLinear(nn.Module):
@@ -145,62 +126,3 @@ def _dequantise(columns: Tensor, scale: Tensor, base: Tensor) -> Tensor:
         values[:, stored:] = columns >> 4
     torch.addcmul(base[:, None], values, scale[:, None], out=values)
     return values.view(groups * GROUP, rows).t()
-
-
-def _split(blocks: Array, *sizes: int) -> list[Array]:
-    """Blocks [blocks, bytes] into their fields; the last one has what is left."""
-    return np.split(blocks, np.cumsum(sizes), axis=1)
-
-
-def _float16(field: Array) -> Array:
-    return np.ascontiguousarray(field).view(np.float16).astype(np.float32)
-
-
-def _low_then_high(field: Array) -> Array:
-    """Nibbles of a block of 32: the lower ones are its first half."""
-    values: Array = np.concatenate([field & 15, field >> 4], 1).view(np.int8)
-    return values
-
-
-def _q4_0(blocks: Array) -> Codes:
-    scale, quants = _split(blocks, 2)
-    d = _float16(scale)
-    return Codes(4, _low_then_high(quants) - np.int8(8), d, np.zeros_like(d))
-
-
-def _q4_1(blocks: Array) -> Codes:
-    scale, least, quants = _split(blocks, 2, 2)
-    d = _float16(scale)
-    return Codes(4, _low_then_high(quants) - np.int8(8), d, _float16(least) + 8 * d)
-
-
-def _q4_k(blocks: Array) -> Codes:
-    """256 codes in 8 groups: four times 32 bytes, the lower nibbles of which are a group and the upper the next."""
-    scale, scale_of_least, six_bits, quants = _split(blocks, 2, 2, Q4_K.K_SCALE_SIZE)
-    scales, least = Q4_K.get_scale_min(six_bits)
-    d = _float16(scale) * scales
-    pairs = quants.reshape(-1, 4, 1, GROUP) >> np.array([0, 4], np.uint8)[:, None]
-    values = (pairs & 15).view(np.int8) - np.int8(8)
-    return Codes(4, values, d, 8 * d - _float16(scale_of_least) * least)
-
-
-def _q5_0(blocks: Array) -> Codes:
-    scale, fifth, quants = _split(blocks, 2, 4)
-    d = _float16(scale)
-    upper = np.unpackbits(fifth, axis=1, bitorder="little").view(np.int8)
-    return Codes(8, (_low_then_high(quants) | upper << 4) - np.int8(16), d, np.zeros_like(d))
-
-
-def _q8_0(blocks: Array) -> Codes:
-    scale, quants = _split(blocks, 2)
-    d = _float16(scale)
-    return Codes(8, quants.view(np.int8), d, np.zeros_like(d))
-
-
-_CODES: dict[Kind, Callable[[Array], Codes]] = {
-    Kind.Q4_0: _q4_0,
-    Kind.Q4_1: _q4_1,
-    Kind.Q4_K: _q4_k,
-    Kind.Q5_0: _q5_0,
-    Kind.Q8_0: _q8_0,
-}

@@ -1,4 +1,4 @@
-"""A folder of files to a model: safetensors as transformers loads them, or one GGUF file, packed or dequantised.
+"""A folder of files to a model: safetensors as transformers loads them, or one GGUF file; quantised or not.
 
 Knows no request and no engine. What a model allows is read by `limits`, which needs no torch.
 """
@@ -7,67 +7,130 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from pipelines.engine import Limits
+from pipelines.engine.codes import Codes, codes_or_nearest, exact, is_quantised, quantised
 from pipelines.engine.gguf_file import GgufFile
 from pipelines.engine.limits import read_limits
-from pipelines.engine.packed import Codes, PackedLinear, codes, fast_here, packable
+from pipelines.engine.swap import Swap, is_tied, linears_of, swap_here
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Tensors that are in a GGUF file for llama.cpp alone: transformers computes them from the config.
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 class WeightsError(ValueError):
     """The folder's weights cannot be loaded; the message names what is wrong."""
 
 
-def load(home: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Limits]:
+def load(home: Path, *, dtype: str = "auto", quantize: str = "", device: str = "cpu") -> tuple[Any, Limits]:
     """The model in `home`, ready to run, and its limits.
 
-    `dtype` auto: bfloat16 on a GPU; on a CPU a GGUF file's blocks packed, in a model of bfloat16, else float32.
+    `dtype` auto: bfloat16 on a GPU; on a CPU what is quantised stays so, in a model of the dtype that its kernels
+    take, and the rest is float32. `quantize` int8 or int4: safetensors' linear layers are, on a CPU.
     """
     limits = read_limits(home)
     logging.disable_progress_bar()  # it would be drawn into a server's log
-    packed = dtype == "auto" and device == "cpu" and fast_here()
+    swap = swap_here() if dtype == "auto" and device == "cpu" else None
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
     kind = getattr(torch, automatic if dtype == "auto" else dtype)
     found = sorted(home.glob("*.gguf"))
     if len(found) > 1:
         raise WeightsError(f"{home} holds several GGUF files: {', '.join(file.name for file in found)}")
     if found:
-        model = _load_gguf(home, found[0], kind, packed=packed)
+        if quantize:
+            raise WeightsError(f"{found[0].name} is quantised already: leave out quantize = {quantize!r}")
+        model = _load_gguf(home, found[0], kind, swap)
     elif any(home.glob("*.safetensors")):
-        model = AutoModelForCausalLM.from_pretrained(home, dtype=kind)
+        if quantize and swap is None:
+            raise WeightsError(
+                f"quantize = {quantize!r} needs a CPU, dtype = 'auto' and the native kernels "
+                "(python -m pipelines.engine.native) or AVX-512: leave it out"
+            )
+        model = AutoModelForCausalLM.from_pretrained(home, dtype=swap.dtype if quantize and swap else kind)
+        if quantize and swap:
+            _quantise(model, swap, 4 if quantize == "int4" else 8)
     else:
         raise WeightsError(f"{home} holds neither *.safetensors nor a *.gguf file")
     return model.to(device).eval(), limits
 
 
-def _load_gguf(home: Path, path: Path, dtype: torch.dtype, *, packed: bool) -> Any:
+def _quantise(model: Any, swap: Swap, bits: int) -> None:
+    """The linear layers; a head that is the embedding has 8 bits, since it is looked up as well."""
+
+    def codes_of(weight: Tensor, bits: int) -> Codes:
+        return quantised(weight.detach().float().numpy(), bits)
+
+    tied, embedding = is_tied(model), model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    linears = {
+        name: lambda weight=layer.weight: codes_of(weight, bits)
+        for name, layer in linears_of(model).items()
+        if swap.takes(*layer.weight.shape) and not (tied and layer is head)
+    }
+    swap.put(model, linears)
+    if tied and swap.takes(*embedding.weight.shape):
+        swap.put_embedding(model, codes_of(embedding.weight, 8), tied=True)
+
+
+def _load_gguf(home: Path, path: Path, dtype: torch.dtype, swap: Swap | None) -> Any:
     """The config builds the model, the GGUF file fills it; transformers ties and computes the rest."""
     config = AutoConfig.from_pretrained(home)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     file = GgufFile(path)
     names = _names(file, empty)
-    linears = _packable_linears(file, names, empty) if packed else set()
-    if linears:
-        dtype = torch.bfloat16
-    state = _state(file, names, config, dtype, without=linears)
+    linears = _linears(file, names, empty, swap) if swap else {}
+    embedding = _embedding(file, names, swap) if swap else None
+    without = {f"{name}.weight" for name in linears}
+    if swap and (linears or embedding):
+        dtype = swap.dtype
+        if embedding and swap.swaps_embedding(empty):
+            without.add(_EMBEDDING)
+    state = _state(file, names, config, dtype, without)
     model = type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    if linears:
-        _pack(model, file, names, linears)
+    if swap:
+        tied = is_tied(model)
+        swap.put(model, linears)
+        if embedding and (tied or _EMBEDDING in without):
+            swap.put_embedding(model, embedding(), tied=tied)
     return model
+
+
+def _linears(file: GgufFile, names: dict[str, str], model: Any, swap: Swap) -> dict[str, Callable[[], Codes]]:
+    """The linear layers whose blocks can stay codes, by name, and what reads these."""
+    adapt, config = _ADAPT[file.architecture], model.config.get_text_config()
+
+    def read(stored: str) -> Codes:
+        # What `adapt` does to a linear layer is to order its rows, and rows can be ordered as blocks.
+        return codes_or_nearest(file.tensors[stored][0], adapt(stored, file.rows(stored), config))
+
+    stored_of = {name: names[f"{name}.weight"] for name in linears_of(model) if f"{name}.weight" in names}
+    return {name: partial(read, stored) for name, stored in stored_of.items() if _takes(swap, file, stored)}
+
+
+def _embedding(file: GgufFile, names: dict[str, str], swap: Swap) -> Callable[[], Codes] | None:
+    stored = names[_EMBEDDING]
+    if not _takes(swap, file, stored):
+        return None
+    return lambda: codes_or_nearest(file.tensors[stored][0], file.rows(stored))
+
+
+def _takes(swap: Swap, file: GgufFile, stored: str) -> bool:
+    kind, shape, _ = file.tensors[stored]
+    return len(shape) == 2 and (exact(kind) or (swap.rounds and is_quantised(kind))) and swap.takes(*shape)
 
 
 def _names(file: GgufFile, model: Any) -> dict[str, str]:
@@ -104,30 +167,6 @@ def _state(
                 array = adapt(stored, file.read(stored, pool), text)
                 state[name] = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
     return state
-
-
-def _packable_linears(file: GgufFile, names: dict[str, str], model: Any) -> set[str]:
-    """The names of the weights, of linear layers alone, whose blocks can stay as they are."""
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name for name in linears & names.keys() if packable(*file.tensors[names[name]][:2])}
-
-
-def _pack(model: Any, file: GgufFile, names: dict[str, str], linears: set[str]) -> None:
-    """Put a `PackedLinear` in place of each of these, and of a head that shares the embedding's weight."""
-    adapt, config = _ADAPT[file.architecture], model.config.get_text_config()
-
-    def blocks(stored: str) -> Codes:
-        # What `adapt` does to a linear layer is to order its rows, and rows can be ordered as blocks.
-        return codes(file.tensors[stored][0], adapt(stored, file.rows(stored), config))
-
-    for name in linears:
-        place = name.removesuffix(".weight")
-        model.set_submodule(place, PackedLinear(blocks(names[name]), bias=model.get_submodule(place).bias))
-    embedding = model.get_input_embeddings().weight
-    if model.get_output_embeddings().weight is embedding:
-        stored = names["model.embed_tokens.weight"]
-        if packable(*file.tensors[stored][:2]):
-            model.set_output_embeddings(PackedLinear(blocks(stored), tied=embedding))
 
 
 def _as_stored(name: str, array: Array, config: Any) -> Array:
