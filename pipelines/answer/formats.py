@@ -1,0 +1,140 @@
+"""What a model's answers look like: found from its chat template, for whose markers the families are known.
+
+A template that knows no tools, or writes calls in a way not known here, is answered by `PLAIN`: the tools are then
+described in words (`pipelines.prompt`), Hermes' way. Knows no tokenizer and no messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.answer import calls
+from pipelines.answer.parser import AnswerParser, Parser, ReadCall
+from pipelines.errors import StageError
+from pipelines.template import ChatTemplate
+from pipelines.tools import Tools
+
+# Markers around reasoning; where a template holds the second, the model writes them.
+_THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a family writes calls, for those that are forced: `call` holds {name} and {arguments}.
+
+    `single`: it writes one call an answer.
+    """
+
+    call: str
+    start: str = ""
+    separator: str = ""
+    end: str = ""
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """`signs`: a template with one of these texts is of the family. `marks`: what its calls are written with, which
+    may be special tokens of the tokenizer.
+    """
+
+    signs: tuple[str, ...]
+    opens: Mapping[str, ReadCall]
+    writing: Writing
+    marks: tuple[str, ...]
+
+
+_HERMES_CALL = '<tool_call>\n{"name": "{name}", "arguments": {arguments}}\n</tool_call>'
+PLAIN = Family(
+    signs=("<tool_call>",),
+    opens={"<tool_call>": calls.tagged("</tool_call>")},
+    writing=Writing(_HERMES_CALL, separator="\n"),
+    marks=("<tool_call>", "</tool_call>"),
+)
+_MISTRAL_NAMED = Family(
+    signs=("[ARGS]",),
+    opens={"[TOOL_CALLS]": calls.array_or_named},
+    writing=Writing("[TOOL_CALLS]{name}[ARGS]{arguments}"),
+    marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+)
+_MISTRAL = Family(
+    signs=("[TOOL_CALLS]",),
+    opens={"[TOOL_CALLS]": calls.array_or_named},
+    writing=Writing('{"name": "{name}", "arguments": {arguments}}', "[TOOL_CALLS][", ", ", "]"),
+    marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+)
+_FUNCTION_GEMMA = Family(
+    signs=("<start_function_call>",),
+    opens={"<start_function_call>call:": calls.dialect("<escape>", "<end_function_call>")},
+    writing=Writing("<start_function_call>call:{name}{arguments}<end_function_call>"),
+    marks=("<start_function_call>", "<end_function_call>", "<escape>"),
+)
+_GEMMA_4 = Family(
+    signs=("<|tool_call>",),
+    opens={"<|tool_call>call:": calls.dialect('<|"|>', "<tool_call|>")},
+    writing=Writing("<|tool_call>call:{name}{arguments}<tool_call|>"),
+    marks=("<|tool_call>", "<tool_call|>", '<|"|>'),
+)
+_LLAMA_3 = Family(
+    signs=("<|python_tag|>", '"parameters": dictionary of argument name'),
+    opens={"{": calls.objects, "<|python_tag|>": calls.objects},
+    writing=Writing('{"name": "{name}", "parameters": {arguments}}', single=True),
+    marks=("<|python_tag|>",),
+)
+_FAMILIES = (PLAIN, _MISTRAL_NAMED, _MISTRAL, _FUNCTION_GEMMA, _GEMMA_4, _LLAMA_3)
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """`native`: the template itself shows the tools, and calls in messages. `opened`: the prompt ends in reasoning."""
+
+    family: Family = PLAIN
+    native: bool = False
+    think: tuple[str, str] | None = None
+    opened: bool = False
+    marks: frozenset[str] = field(default_factory=frozenset)
+
+    @classmethod
+    def load(cls, home: Path) -> AnswerFormat:
+        """Of a prepared folder."""
+        return cls.of(ChatTemplate.load(home))
+
+    @classmethod
+    def of(cls, template: ChatTemplate | None) -> AnswerFormat:
+        if template is None:
+            return cls()
+        think = next((marks for marks in _THINKING if marks[1] in template.source), None)
+        for_tools = template.with_tools or template
+        known = (family for family in _FAMILIES if any(sign in for_tools.source for sign in family.signs))
+        family = next(known, None) if for_tools.takes_tools else None
+        marks = {*(family.marks if family else ()), *(mark.strip() for mark in think or ())}
+        return cls(family or PLAIN, family is not None, think, _opened(template, think), frozenset(marks))
+
+    def parser(self, tools: Tools | None) -> AnswerParser | None:
+        """For one answer; None where its text is its content."""
+        functions = tools.callable if tools else ()
+        if not (functions or self.think or self.native):
+            return None
+        return Parser(
+            self.think,
+            thinking=self.opened,
+            opens=self.family.opens if functions else None,
+            silent=self.family.marks if self.native and not functions else (),
+            schemas={function.name: function.parameters for function in functions},
+        )
+
+    def opens_in(self, prompt: str) -> bool:
+        """Whether the answer to this prompt begins inside reasoning."""
+        return self.think is not None and prompt.rstrip().endswith(self.think[0].rstrip())
+
+
+def _opened(template: ChatTemplate, think: tuple[str, str] | None) -> bool:
+    if think is None:
+        return False
+    try:
+        prompt = template.render([{"role": "user", "content": "a"}])
+    except StageError:
+        return False
+    return prompt.rstrip().endswith(think[0].rstrip())
