@@ -58,11 +58,10 @@ def grammar(
         "call: " + " | ".join(f"call_{index}" for index, _ in enumerate(tools.callable)),
     ]
     for index, function in enumerate(tools.callable):
-        schema = _schema(function.parameters)
-        _check(schema, f"tools[{tools.functions.index(function)}].function.parameters")
+        path = f"tools[{tools.functions.index(function)}].function.parameters"
         before, after = writing.call.replace("{name}", function.name).split("{arguments}")
         rules += [f"call_{index}: {write(before)} arguments_{index} {write(after)}"]
-        rules += [f"arguments_{index}: %json {schema}"]
+        rules += [f"arguments_{index}: %json {_arguments(function.parameters, path)}"]
     if form.think:
         lazy = "" if write.is_token(form.think[1]) else "[lazy]"
         rules += [r"THOUGHTS: /(.|\n)*/", r"SPACE: /[ \n]{0,2}/", f"thoughts{lazy}: THOUGHTS {write(form.think[1])}"]
@@ -88,7 +87,7 @@ def _answer(structure: Structure) -> str:
             "or send 'tool_choice': 'none'.",
             param="response_format",
         )
-    return f"answer: %json {structure.source or _ANY_OBJECT}"
+    return f"answer: %json {_on_one_line(json.loads(structure.source or _ANY_OBJECT))}"
 
 
 def _reasoning(form: AnswerFormat, write: _Literals, thinking: bool) -> str:
@@ -97,24 +96,25 @@ def _reasoning(form: AnswerFormat, write: _Literals, thinking: bool) -> str:
     return "thoughts SPACE" if thinking else f"({write(form.think[0])} thoughts SPACE)?"
 
 
-def _schema(parameters: Mapping[str, Any]) -> str:
+def _arguments(parameters: Mapping[str, Any], path: str) -> str:
     """Named arguments only, unless the schema speaks of others: what it does not speak of would be noise."""
-    schema = {"type": "object", **parameters, "x-guidance": _ONE_LINE}
+    from pipelines.grammar import check  # llguidance: only where it is used
+
+    schema: dict[str, Any] = {"type": "object", **parameters}
     if "properties" in schema and not _SAYS_MORE & schema.keys():
         schema["additionalProperties"] = False
-    return json.dumps(schema)
-
-
-def _check(schema: str, path: str) -> None:
-    from llguidance import LLMatcher
-
-    problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
-    if problem:
-        reason = " ".join(problem.split())[:300]
+    try:
+        check(Structure("json_schema", json.dumps(schema)))
+    except StageError as error:
+        reason = error.message.removeprefix("'response_format'").partition(". Leave it out")[0]
         raise StageError(
-            f"'{path}' cannot be followed, as a forced call must: {reason}. Change it, or send 'tool_choice': 'auto'.",
-            param=path,
-        )
+            f"'{path}'{reason}. Write it differently, or let the model decide: 'tool_choice': 'auto'.", param=path
+        ) from None
+    return _on_one_line(schema)
+
+
+def _on_one_line(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": _ONE_LINE})
 
 
 class _Literals:
