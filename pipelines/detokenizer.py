@@ -79,7 +79,7 @@ class Detokenizer:
 
 
 def load(tokenizer: Tokenizer, keep: Collection[str] = ()) -> Detokenizer:
-    """The detokenizer that equals `tokenizer.decode(ids, skip_special_tokens=True)`, but for special tokens to `keep`."""
+    """The detokenizer that equals `tokenizer.decode(ids, skip_special_tokens=True)`; of `keep` it skips nothing."""
     state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else None
     steps = _steps(state)
     kinds = [step["type"] for step in steps]

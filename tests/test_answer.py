@@ -99,6 +99,7 @@ WRITTEN = [
     ("plain", f'<tool_call>{{"name": "weather", "arguments": {ROME}}}\n</tool', call(0, "weather", ROME)),
     ("plain", '<tool_call>{"name": "weather", "arguments": {"city": "Ro', call(0, "weather", '{"city": "Ro')),
     ("plain", '<tool_call>{"name": "wea', [Content('<tool_call>{"name": "wea')]),
+    ("plain", '<tool_call>{"name": "now"}</tool_call><tool_call>{"na', call(0, "now", "{}")),
     ("plain", "Less is < more <tool", [Content("Less is < more <tool")]),
     (
         "plain",

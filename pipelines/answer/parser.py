@@ -2,7 +2,7 @@
 
 However the text is cut, the result is the same. What may be the beginning of a marker waits; white space beside a
 marker belongs to it. A call that turns out to be none is content, marker included; where it fails after it has begun,
-what follows is content. Only the syntax of a call that the answer's end cuts short is dropped. Knows no model's
+what follows is content. Only where the answer's end cuts a call short is some of its syntax left out. Knows no model's
 markers: `formats` does.
 """
 
@@ -200,14 +200,14 @@ class Parser:
                 self._given = self._read = ""
 
     def _end_of_text(self) -> None:
-        """Inside a call: of one that has begun, the syntax under way is all that is lost."""
+        """Inside a call. One that has begun, or that follows another, can only be one that was cut."""
         assert self._reading
         try:
             self._reading.send("")
         except StopIteration:
             self._end_call()
         except Malformed:
-            if self._given:
+            if self._given and not self._calls:
                 self._pending = self._given_back("")
             else:
                 self._end_call()
