@@ -99,7 +99,7 @@ class Generation:
     def _choices(self, request: GenerationRequest, form: AnswerFormat) -> list[Choice]:
         choices = []
         for index in range(request.choices):
-            parser = form.parser(request.tools) if self.operation.takes_tools else None
+            parser = form.parser(request.tools, shaped=request.shaped) if self.operation.takes_tools else None
             choices.append(ParsedChoice(self.operation, index, parser) if parser else Choice(self.operation, index))
         return choices
 

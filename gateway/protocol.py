@@ -70,6 +70,11 @@ class GenerationRequest:
     def choices(self) -> int:
         return len(self.prompts) * self.n
 
+    @property
+    def shaped(self) -> bool:
+        """Whether a grammar holds the answer."""
+        return self.sampling.response_format is not None or (self.tools is not None and self.tools.forced)
+
     def asked(self) -> Iterator[tuple[Inputs, Sampling]]:
         """What to submit for each choice, in the order of their indexes: all of the first prompt's come first.
 

@@ -31,17 +31,22 @@ _WIDE = re.compile(r"\d{6}|:[^{}]*\{|[%.]\*")
 
 
 class ChatTemplate:
-    """One compiled template, with the special tokens it may name. `with_tools`: another, for chats that have tools."""
+    """One compiled template, with the special tokens it may name. `with_tools`: another, for chats that have tools.
+
+    `response`: what the same files declare of the answers (transformers' `response_template`).
+    """
 
     def __init__(
         self,
         source: str,
         special_tokens: Mapping[str, str] | None = None,
         with_tools: ChatTemplate | None = None,
+        response: Mapping[str, Any] | None = None,
     ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self.with_tools = with_tools
+        self.response = response
         self._template, self._names = _compile(source)
 
     @classmethod
@@ -60,7 +65,8 @@ class ChatTemplate:
             return None
         special = special_tokens(_read_json(home / "special_tokens_map.json") | config)
         other = named.get("tool_use", source)
-        return cls(source, special, cls(other, special) if other != source else None)
+        response = config.get("response_template")
+        return cls(source, special, cls(other, special) if other != source else None, response)
 
     @property
     def takes_tools(self) -> bool:

@@ -212,7 +212,7 @@ def _coder_call(char: str, sink: Sink) -> Reading:
         text = yield from _text_until("</parameter>")
         text = text.removeprefix("\n").removesuffix("\n")
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        sink.arguments(f"{separator}{_json(key)}: {_typed(text, schema)}")
+        sink.arguments(f"{separator}{_json(key)}: {typed(text, schema)}")
         separator = ", "
 
 
@@ -236,12 +236,12 @@ def _glm_call(char: str, sink: Sink, close: str) -> Reading:
         yield from literal((yield from space((yield))), "<arg_value>")
         text = yield from _text_until("</arg_value>")
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        sink.arguments(f"{separator}{_json(key)}: {_typed(text, schema)}")
+        sink.arguments(f"{separator}{_json(key)}: {typed(text, schema)}")
         separator = ", "
         char = yield
 
 
-def _typed(text: str, schema: object) -> str:
+def typed(text: str, schema: object) -> str:
     """The JSON of a value that was written as text: a string where the schema allows one, or says nothing."""
     if not isinstance(schema, Mapping) or schema.keys() <= _NO_KIND:
         return _json(text)

@@ -1,20 +1,25 @@
 """What a model's answers look like: found from its chat template, for whose markers the families are known.
 
-A template that knows no tools, or writes calls in a way not known here, is answered by `PLAIN`: the tools are then
-described in words (`pipelines.prompt`), Hermes' way. Knows no tokenizer and no messages.
+For a family not known here, it is what the tokenizer declares. Failing that, or where the template knows no tools, it
+is `PLAIN`: the tools are described in words then (`pipelines.prompt`), and called as Hermes does. Knows no tokenizer
+and no messages.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.answer import calls
+from pipelines.answer.declared import Declared, DeclaredParser
 from pipelines.answer.parser import AnswerParser, Parser, ReadCall
 from pipelines.errors import StageError
 from pipelines.template import ChatTemplate
 from pipelines.tools import Tools
+
+log = logging.getLogger(__name__)
 
 # Markers around reasoning; where a template holds the second, the model writes them.
 _THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))
@@ -88,13 +93,18 @@ _FAMILIES = (PLAIN, _MISTRAL_NAMED, _MISTRAL, _FUNCTION_GEMMA, _GEMMA_4, _LLAMA_
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """`native`: the template itself shows the tools, and calls in messages. `opened`: the prompt ends in reasoning."""
+    """`native`: the template itself shows the tools, and calls in messages. `opened`: the prompt ends in reasoning.
+
+    `declared` is the tokenizer's word, with what the prompt holds of the answer; a grammar still goes by `family`.
+    """
 
     family: Family = PLAIN
     native: bool = False
     think: tuple[str, str] | None = None
     opened: bool = False
     marks: frozenset[str] = field(default_factory=frozenset)
+    declared: Declared | None = None
+    prefill: str = ""
 
     @classmethod
     def load(cls, home: Path) -> AnswerFormat:
@@ -109,12 +119,20 @@ class AnswerFormat:
         for_tools = template.with_tools or template
         known = (family for family in _FAMILIES if any(sign in for_tools.source for sign in family.signs))
         family = next(known, None) if for_tools.takes_tools else None
+        prompt = _prompt(template)
+        declared = _declared(template) if family is None else None
+        if declared:
+            prefill, native = declared.prefill(prompt), for_tools.takes_tools
+            return cls(PLAIN, native, think, _ends_in(prompt, think), declared.marks, declared, prefill)
         marks = {*(family.marks if family else ()), *(mark.strip() for mark in think or ())}
-        return cls(family or PLAIN, family is not None, think, _opened(template, think), frozenset(marks))
+        return cls(family or PLAIN, family is not None, think, _ends_in(prompt, think), frozenset(marks))
 
-    def parser(self, tools: Tools | None) -> AnswerParser | None:
-        """For one answer; None where its text is its content."""
+    def parser(self, tools: Tools | None, *, shaped: bool = False) -> AnswerParser | None:
+        """For one answer; None where its text is its content. `shaped`: a grammar holds it (`answer.grammar`)."""
         functions = tools.callable if tools else ()
+        if self.declared and not (functions and shaped):
+            schemas = {function.name: function.parameters for function in functions}
+            return DeclaredParser(self.declared, schemas, self.prefill)
         if not (functions or self.think or self.native):
             return None
         return Parser(
@@ -127,14 +145,26 @@ class AnswerFormat:
 
     def opens_in(self, prompt: str) -> bool:
         """Whether the answer to this prompt begins inside reasoning."""
-        return self.think is not None and prompt.rstrip().endswith(self.think[0].rstrip())
+        return _ends_in(prompt, self.think)
 
 
-def _opened(template: ChatTemplate, think: tuple[str, str] | None) -> bool:
-    if think is None:
-        return False
+def _declared(template: ChatTemplate) -> Declared | None:
+    if template.response is None:
+        return None
     try:
-        prompt = template.render([{"role": "user", "content": "a"}])
+        return Declared.of(template.response)
+    except ValueError as error:
+        log.warning("what the tokenizer declares of answers is left aside: %s", error)
+        return None
+
+
+def _prompt(template: ChatTemplate) -> str:
+    """Any."""
+    try:
+        return template.render([{"role": "user", "content": "a"}])
     except StageError:
-        return False
-    return prompt.rstrip().endswith(think[0].rstrip())
+        return ""
+
+
+def _ends_in(prompt: str, think: tuple[str, str] | None) -> bool:
+    return think is not None and prompt.rstrip().endswith(think[0].rstrip())
