@@ -111,7 +111,7 @@ class Operation:
     @property
     def takes_tools(self) -> bool:
         """Whether an answer is more than its text: calls and reasoning are read out of it."""
-        return _TOOLS <= self.parameters
+        return "tools" in self.parameters
 
 
 CHAT = Operation(

@@ -56,7 +56,7 @@ class Postprocess:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, keep: Collection[str] = ()) -> Postprocess:
-        """From a tokenizer that is loaded already. `keep`: special tokens that are text all the same: they mark calls."""
+        """From a tokenizer that is loaded already. `keep`: special tokens that are text, because they mark calls."""
         return cls(detokenizer.load(tokenizer, keep), tokenizer.id_to_token)
 
     def text(self, window: Window, *, per_token: bool) -> Text:

@@ -13,7 +13,7 @@ from gateway.formats import Formats
 from gateway.objects import message_delta
 from gateway.protocol import CHAT
 from gateway.settings import Settings
-from pipelines.answer.deltas import Arguments, Content, Reasoning
+from pipelines.answer.deltas import Arguments, Call, Content, Reasoning
 from pipelines.answer.formats import AnswerFormat
 from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
@@ -191,3 +191,33 @@ def test_formats_are_read_once_and_a_broken_one_is_plain_text(tmp_path, monkeypa
     assert formats.of(thinker).think == ("<think>", "</think>")
     assert formats.of(thinker) is formats.of(thinker)
     assert formats.of(broken) == AnswerFormat()
+
+
+# --- through the real Triton
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+FORCED = {"model": "smollm2-135m-instruct", "messages": HELLO["messages"], "tools": [WEATHER], "tool_choice": NAMED}
+
+
+def test_a_forced_call_through_the_whole_stack(product):
+    client = openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0, timeout=120)
+    whole = client.chat.completions.create(**FORCED, max_tokens=100, seed=1)
+    (call,) = whole.choices[0].message.tool_calls
+    assert (whole.choices[0].finish_reason, whole.choices[0].message.content) == ("tool_calls", None)
+    assert list(json.loads(call.function.arguments)) == ["city"]
+    with client.chat.completions.stream(**FORCED, max_tokens=100, seed=1) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed.function.arguments == call.function.arguments
+
+
+def test_the_tools_tensor_of_direct_users(product):
+    offer = {"tools": [WEATHER], "tool_choice": NAMED}
+    sampling = json.dumps({"max_tokens": 100, "seed": 1})
+    inputs = {"messages": json.dumps(HELLO["messages"]), "tools": json.dumps(offer), "sampling": sampling}
+    text, reason = product.infer("ensemble", inputs)
+    assert reason == "stop"
+    parser = AnswerFormat().parser(parse_tools(offer))
+    assert parser is not None
+    kinds = [type(delta) for delta in parser.push(text) + parser.finish()]
+    assert kinds == [Call, Arguments]

@@ -98,7 +98,7 @@ def _reasoning(form: AnswerFormat, write: _Literals, thinking: bool) -> str:
 
 def _arguments(parameters: Mapping[str, Any], path: str) -> str:
     """Named arguments only, unless the schema speaks of others: what it does not speak of would be noise."""
-    from pipelines.grammar import check  # llguidance: only where it is used
+    from pipelines.trial import check  # llguidance: only where it is used
 
     schema: dict[str, Any] = {"type": "object", **parameters}
     if "properties" in schema and not _SAYS_MORE & schema.keys():
