@@ -313,14 +313,14 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _string(char: str) -> Generator[None, str, tuple[str, str]]:
+def _string(char: str) -> Generator[Any, str, tuple[str, str]]:
     """A JSON string's value, and the character that follows it."""
     pieces: list[str] = []
     char = yield from quoted(char, pieces.append)
     return json.loads("".join(pieces)), char
 
 
-def _until(char: str, ends: str) -> Generator[None, str, tuple[str, str]]:
+def _until(char: str, ends: str) -> Generator[Any, str, tuple[str, str]]:
     """A name: what comes before one of `ends`, and which."""
     word = ""
     while not char or char not in ends:
@@ -331,7 +331,7 @@ def _until(char: str, ends: str) -> Generator[None, str, tuple[str, str]]:
     return word.strip(), char
 
 
-def _text_until(end: str) -> Generator[None, str, str]:
+def _text_until(end: str) -> Generator[Any, str, str]:
     text = ""
     while not text.endswith(end):
         char = yield

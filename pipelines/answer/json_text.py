@@ -1,8 +1,9 @@
 """Follows JSON as it arrives: coroutines that are sent one character at a time.
 
 Each is given the first character of what it reads, passes on what it has read to `emit`, and returns the character
-that follows. The end of the text is sent as "". What is passed on is JSON a strict parser takes, though models write
-line breaks inside strings. Knows nothing of calls.
+that follows. The end of the text is sent as "". One that yields true stands inside a string, and may be sent a whole
+run of `PLAIN` characters: arguments are mostly that. What is passed on is JSON a strict parser takes, though models
+write line breaks inside strings. Knows nothing of calls.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Generator
+from typing import Any
 
 Emit = Callable[[str], object]
-Reading = Generator[None, str, str]  # sent characters; returns the one that follows
+Reading = Generator[Any, str, str]  # sent characters; returns the one that follows
 
 MAX_DEPTH = 64
+PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _SPACE = " \t\r\n"
 _SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null")
 _ESCAPES = '"\\/bfnrt'
@@ -36,7 +39,7 @@ def space(char: str, emit: Emit = nothing) -> Reading:
     return char
 
 
-def literal(char: str, text: str) -> Generator[None, str, None]:
+def literal(char: str, text: str) -> Generator[Any, str, None]:
     """Exactly this text. It reads no further, so that a text's last marker is known for what it is at once."""
     for index, wanted in enumerate(text):
         if index:
@@ -60,7 +63,7 @@ def quoted(char: str, emit: Emit) -> Reading:
     if char != '"':
         raise Malformed
     emit(char)
-    while (char := (yield)) != '"':
+    while (char := (yield True)) != '"':
         if char == "\\":
             yield from _escape(emit)
         elif char:
@@ -71,7 +74,7 @@ def quoted(char: str, emit: Emit) -> Reading:
     return (yield)
 
 
-def _escape(emit: Emit) -> Generator[None, str, None]:
+def _escape(emit: Emit) -> Generator[Any, str, None]:
     char = yield
     if char == "u":
         emit("\\u")

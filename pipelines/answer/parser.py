@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pipelines.answer.calls import Sink
 from pipelines.answer.deltas import Arguments, Call, Content, Delta, Reasoning, merged, new_call_id
-from pipelines.answer.json_text import Malformed, Reading
+from pipelines.answer.json_text import PLAIN, Malformed, Reading
 
 ReadCall = Callable[[str, Sink], Reading]  # given the first character behind the marker
 
@@ -184,11 +184,15 @@ class Parser:
     def _read_call(self) -> None:
         assert self._reading
         text, self._pending = self._pending, ""
-        for index, char in enumerate(text, 1):
+        index, in_string = 0, False
+        while index < len(text):
+            run = PLAIN.match(text, index) if in_string else None
+            char = run[0] if run else text[index]
+            index += len(char)
             self._read += char
             self._passed = False
             try:
-                self._reading.send(char)
+                in_string = bool(self._reading.send(char))
             except StopIteration as end:
                 self._end_call()
                 self._pending = end.value + text[index:]
