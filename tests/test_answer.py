@@ -326,6 +326,12 @@ def test_without_functions_a_call_is_text_but_for_markers_that_readers_never_see
     assert parsed(form("mistral"), *written, tools=offered(tool_choice="none")) == parsed(form("mistral"), written)
 
 
+def test_without_functions_hermes_markers_are_words():
+    text = "Write <tool_call> before it."
+    assert form("plain").parser(None) is None
+    assert parsed(form("plain", THINK), *text) == [Content(text)]
+
+
 def test_an_answer_that_can_only_be_text_needs_no_parser():
     assert AnswerFormat().parser(None) is None
     assert AnswerFormat().parser(offered(tool_choice="none")) is None

@@ -133,13 +133,15 @@ class AnswerFormat:
         if self.declared and not (functions and shaped):
             schemas = {function.name: function.parameters for function in functions}
             return DeclaredParser(self.declared, schemas, self.prefill)
-        if not (functions or self.think or self.native):
+        # Hermes' markers are plain words to a tokenizer; the others' are special tokens, which no reader of text sees.
+        silent = self.family.marks if self.native and not functions and self.family is not PLAIN else ()
+        if not (functions or self.think or silent):
             return None
         return Parser(
             self.think,
             thinking=self.opened,
             opens=self.family.opens if functions else None,
-            silent=self.family.marks if self.native and not functions else (),
+            silent=silent,
             schemas={function.name: function.parameters for function in functions},
         )
 
