@@ -14,6 +14,10 @@ from pipelines.errors import StageError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _COMMON = frozenset({"role", "content", "name"})
+# What the official client adds to an answer that it has streamed or parsed: sent back, it says nothing new.
+_ADDED_TO_MESSAGE = "parsed"
+_ADDED_TO_CALL = "index"
+_ADDED_TO_FUNCTION = "parsed_arguments"
 _MORE = {"tool": {"tool_call_id"}, "assistant": {"tool_calls", "reasoning_content"}}
 _KEYS = {role: _COMMON | _MORE.get(role, set()) for role in ROLES}
 
@@ -74,6 +78,8 @@ def _message(value: object, path: str) -> dict[str, object]:
         raise StageError(f"'{path}' must be an object with role and content, not {kind_of(value)}.", param=path)
     given = {key: item for key, item in value.items() if item is not None}
     role = _role(given, path)
+    if role == "assistant":
+        given.pop(_ADDED_TO_MESSAGE, None)
     _refuse_unsupported(given, role, path)
     calls = _calls(given.get("tool_calls"), f"{path}.tool_calls")
     message: dict[str, object] = {"role": role, "content": _content(given, path, needed=not calls)}
@@ -122,14 +128,14 @@ def _calls(value: object, path: str) -> list[dict[str, object]]:
 
 
 def _call(value: object, path: str) -> dict[str, object]:
-    given = fields_of(value, path, ("id", "type", "function"))
+    given = fields_of(value, path, ("id", "type", "function"), left_out=_ADDED_TO_CALL)
     kind = string(given.get("type", "function"), f"{path}.type")
     if kind != "function":
         raise StageError(f"'{path}.type' must be 'function', not {shown(kind)}.", param=f"{path}.type")
     for key in ("id", "function"):
         if key not in given:
             raise StageError(f"'{path}.{key}' is required.", param=f"{path}.{key}")
-    function = fields_of(given["function"], f"{path}.function", ("name", "arguments"))
+    function = fields_of(given["function"], f"{path}.function", ("name", "arguments"), left_out=_ADDED_TO_FUNCTION)
     if "name" not in function:
         raise StageError(f"'{path}.function.name' is required.", param=f"{path}.function.name")
     return {
@@ -157,11 +163,11 @@ def _arguments(value: object, path: str) -> str:
     return text
 
 
-def fields_of(value: object, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The given keys of an object that may hold these and no others."""
+def fields_of(value: object, path: str, keys: tuple[str, ...], left_out: str = "") -> dict[str, Any]:
+    """The given keys of an object that may hold these, one to leave out, and no others."""
     if not isinstance(value, Mapping):
         raise StageError(f"'{path}' must be an object with {' and '.join(keys)}, not {kind_of(value)}.", param=path)
-    given = {key: item for key, item in value.items() if item is not None}
+    given = {key: item for key, item in value.items() if item is not None and key != left_out}
     for key in given:
         if key not in keys:
             where = f"{path}.{shown(key, quote='')}"

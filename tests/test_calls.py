@@ -116,6 +116,16 @@ def test_what_the_client_sends_back_is_taken(server):
     assert sent[-2]["tool_calls"] == call["tool_calls"]
 
 
+def test_what_the_official_clients_stream_adds_up_to_may_be_sent_back(server):
+    client = server.client()
+    with client.chat.completions.stream(model=MODEL, messages=HELLO["messages"], tools=[WEATHER]) as stream:
+        message = stream.get_final_completion().choices[0].message
+    for said in (message, message.model_dump()):
+        client.chat.completions.create(model=MODEL, messages=[*HELLO["messages"], said], tools=[WEATHER])
+        (call,) = json.loads(server.backend.submissions[-1].inputs["messages"])[-1]["tool_calls"]
+        assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+
+
 def test_a_refusal_names_the_place(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError) as refused:

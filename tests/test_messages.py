@@ -56,6 +56,13 @@ def test_calls_are_kept_as_openai_writes_them():
     assert parse_messages(messages) == messages
 
 
+def test_what_the_official_client_adds_is_left_out():
+    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}
+    assert parse_messages([calls([call(function=function, index=0)], parsed={"b": 2})]) == [calls([call()])]
+    with pytest.raises(StageError, match="parsed' is not supported"):
+        parse_messages([user(parsed={})])
+
+
 @pytest.mark.parametrize("arguments", ["", " ", None])
 def test_a_call_without_arguments_has_none(arguments):
     assert parse_messages([calls([call(arguments, type=None)])]) == [calls([call("{}")])]
@@ -113,7 +120,7 @@ def test_an_empty_content_is_a_content():
         ([calls([call(), {"id": "c1"}])], "messages[0].tool_calls[1].function", "is required"),
         ([calls([call(id=None)])], "messages[0].tool_calls[0].id", "is required"),
         ([calls([call(type="custom")])], "messages[0].tool_calls[0].type", "not 'custom'"),
-        ([calls([call(index=0)])], "messages[0].tool_calls[0].index", "takes id, type, function"),
+        ([calls([call(at=0)])], "messages[0].tool_calls[0].at", "takes id, type, function"),
         ([calls([call(function={})])], "messages[0].tool_calls[0].function.name", "is required"),
         ([calls([call(function={"name": 1})])], "messages[0].tool_calls[0].function.name", "a string"),
         ([calls([call({"a": 1})])], ARGUMENTS, "a string that holds a JSON object, not an object"),
