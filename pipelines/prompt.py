@@ -110,7 +110,7 @@ def _in_words(chat: Sequence[Message], tools: Tools | None, template: ChatTempla
         if calls := message.get("tool_calls"):
             written = "\n".join(_written(call["function"]) for call in calls)
             text = f"{message['content']}\n{written}" if message["content"] else written
-            told.append({"role": "assistant", "content": text})
+            told.append({key: value for key, value in message.items() if key != "tool_calls"} | {"content": text})
         elif message["role"] == "tool":
             text = f"<tool_response>\n{message['content']}\n</tool_response>"
             if told and told[-1].get("results"):

@@ -285,6 +285,11 @@ def test_calls_and_results_are_plain_messages():
     )
 
 
+def test_reasoning_beside_a_call_stays_with_a_template_that_shows_it():
+    template = "{% for m in messages %}[{{ m.reasoning_content }}]{{ m.content }}{% endfor %}"
+    assert rendered(template, [{**CHAT[2], "reasoning_content": "Hm."}]).startswith("[Hm.]<tool_call>")
+
+
 def test_a_template_without_system_messages_has_the_tools_in_the_first_users():
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
