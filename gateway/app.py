@@ -18,6 +18,7 @@ from gateway import objects
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.errors import ApiError, handle
+from gateway.formats import Formats
 from gateway.generation import Generation, model_not_found
 from gateway.middleware import RequestContext
 from gateway.protocol import CHAT, COMPLETION
@@ -38,7 +39,13 @@ def create_app(
     @asynccontextmanager
     async def with_state(app: Starlette) -> AsyncIterator[AppState]:
         async with lifespan() if lifespan else nullcontext():
-            yield AppState(backend=backend, settings=settings, admission=admission, started=int(time.time()))
+            yield AppState(
+                backend=backend,
+                formats=Formats(backend.pipelines().values()),
+                settings=settings,
+                admission=admission,
+                started=int(time.time()),
+            )
 
     app = Starlette(
         routes=ROUTES,

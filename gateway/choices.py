@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
+from gateway import objects
 from gateway.backend import Delta, Stream
-from gateway.objects import Held, choice
+from gateway.objects import Held
 from gateway.protocol import Operation
+from pipelines.answer import deltas as answer
+from pipelines.answer.parser import AnswerParser
 from pipelines.logprobs import Entry
 
 Arrival = tuple[int, Delta]  # a choice's index, and what came of it
@@ -48,8 +52,16 @@ class Choice:
 
     def whole(self, finish_reason: str, *, logprobs: bool) -> Held:
         """The choice of an answer that does not stream."""
-        held = self._operation.whole("".join(self._texts))
-        return choice(self.index, self._with(held, self._entries, self._offsets) if logprobs else held, finish_reason)
+        held = self._held()
+        held = self._with(held, self._entries, self._offsets) if logprobs else held
+        return objects.choice(self.index, held, self.finish_reason(finish_reason))
+
+    def finish_reason(self, engines: str) -> str:
+        """As the client is told it."""
+        return engines
+
+    def _held(self) -> Held:
+        return self._operation.whole("".join(self._texts))
 
     def _with(self, held: Held, entries: Sequence[Entry], offsets: Sequence[int]) -> Held:
         return {**held, "logprobs": self._operation.logprobs(entries, offsets)}
@@ -61,6 +73,57 @@ class Choice:
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(bytes(entry.bytes or b"")))
         return offsets
+
+
+class ParsedChoice(Choice):
+    """One whose text holds more than content: reasoning, and calls."""
+
+    def __init__(self, operation: Operation, index: int, parser: AnswerParser) -> None:
+        super().__init__(operation, index)
+        self._parser = parser
+        self._read: list[answer.Delta] = []
+        self._called = False
+
+    def push(self, delta: Delta) -> Sequence[str | Held]:
+        """The entries of text that is held go out with what comes next."""
+        pieces: list[str | Held] = []
+        for text, entries in zip_longest(delta.texts, delta.logprobs, fillvalue=()):
+            self._entries += entries
+            pieces += self._pieces(self._taken(self._parser.push(str(text or ""))))
+        if delta.finish_reason:
+            pieces += self._pieces(self._taken(self._parser.finish()))
+            if self._entries:
+                pieces.append(self._logged({"delta": {}}))
+        return pieces
+
+    def keep(self, delta: Delta) -> None:
+        super().keep(delta)
+        self._read += self._taken(self._parser.push("".join(delta.texts)))
+        if delta.finish_reason:
+            self._read += self._taken(self._parser.finish())
+
+    def finish_reason(self, engines: str) -> str:
+        return "tool_calls" if self._called and engines == "stop" else engines
+
+    def _held(self) -> Held:
+        return {"message": objects.message(self._read)}
+
+    def _taken(self, deltas: list[answer.Delta]) -> list[answer.Delta]:
+        self._called = self._called or any(isinstance(delta, answer.Call) for delta in deltas)
+        return deltas
+
+    def _pieces(self, deltas: Sequence[answer.Delta]) -> Iterator[str | Held]:
+        for delta in deltas:
+            if self._entries:
+                yield self._logged({"delta": objects.message_delta(delta)})
+            elif isinstance(delta, answer.Content):
+                yield delta.text
+            else:
+                yield {"delta": objects.message_delta(delta)}
+
+    def _logged(self, held: Held) -> Held:
+        entries, self._entries = self._entries, []
+        return self._with(held, entries, self._begin(entries))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import objects, protocol
 from gateway.backend import Backend, Stream, Submission
-from gateway.choices import Choice, Merged, Totals
+from gateway.choices import Choice, Merged, ParsedChoice, Totals
 from gateway.connection import header, read_body, while_connected
 from gateway.errors import ApiError, Failure, failure_of, log_failure
 from gateway.objects import Head
@@ -21,6 +21,7 @@ from gateway.protocol import GenerationRequest, Operation
 from gateway.report import Report
 from gateway.sse import Events, Written, write_stream
 from gateway.state import state_of
+from pipelines.answer.formats import AnswerFormat
 from pipelines.errors import StageError
 from pipelines.terms import Terms
 
@@ -68,10 +69,11 @@ class Generation:
                 submissions = self._submissions(request, deadline.left(), report.request_id, span.traceparent)
                 deltas = Merged(await _submit(state["backend"], submissions))
                 try:
+                    choices = self._choices(request, state["formats"].of(state["backend"].pipelines()[request.model]))
                     if request.stream:
-                        await self._stream(request, head, deltas, report, send)
+                        await self._stream(request, head, choices, deltas, report, send)
                     else:
-                        response = await self._whole(request, head, deltas, report)
+                        response = await self._whole(request, head, choices, deltas, report)
                         await response(scope, receive, send)
                 finally:
                     deltas.cancel()
@@ -94,7 +96,22 @@ class Generation:
             for index, (inputs, sampling) in enumerate(request.asked())
         ]
 
-    async def _stream(self, request: GenerationRequest, head: Head, deltas: Merged, report: Report, send: Send) -> None:
+    def _choices(self, request: GenerationRequest, form: AnswerFormat) -> list[Choice]:
+        choices = []
+        for index in range(request.choices):
+            parser = form.parser(request.tools, shaped=request.shaped) if self.operation.takes_tools else None
+            choices.append(ParsedChoice(self.operation, index, parser) if parser else Choice(self.operation, index))
+        return choices
+
+    async def _stream(
+        self,
+        request: GenerationRequest,
+        head: Head,
+        choices: Sequence[Choice],
+        deltas: Merged,
+        report: Report,
+        send: Send,
+    ) -> None:
         first = await deltas.accepted()  # a request that the pipeline refuses fails here, before the headers
         report.accepted(first[0][1])
 
@@ -103,14 +120,14 @@ class Generation:
             log_failure(failure, error, report.request_id)
             return failure
 
-        choices = [Choice(self.operation, index) for index in range(request.choices)]
         events = Events(self.operation, head, choices, include_usage=request.include_usage)
         written = Written(Totals(request.n))
         with report.writing(written):
             await write_stream(send, deltas, first, events, written, fail)
 
-    async def _whole(self, request: GenerationRequest, head: Head, deltas: Merged, report: Report) -> Response:
-        choices = [Choice(self.operation, index) for index in range(request.choices)]
+    async def _whole(
+        self, request: GenerationRequest, head: Head, choices: Sequence[Choice], deltas: Merged, report: Report
+    ) -> Response:
         totals = Totals(request.n)
         first_text_at = 0.0
         arrivals = await deltas.accepted()

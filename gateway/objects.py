@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from pipelines.answer import deltas as answer
 from pipelines.logprobs import Alternative, Entry
 
 Held: TypeAlias = Mapping[str, Any]  # what a choice holds beside its index and finish_reason
@@ -56,6 +57,41 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+
+
+def message(deltas: Sequence[answer.Delta]) -> dict[str, Any]:
+    """An assistant's message of all that an answer came to. OpenAI: `content` is null where there is none but calls."""
+    content = "".join(delta.text for delta in deltas if isinstance(delta, answer.Content))
+    reasoning = "".join(delta.text for delta in deltas if isinstance(delta, answer.Reasoning))
+    calls = [delta for delta in deltas if isinstance(delta, answer.Call)]
+    found: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if not content and (reasoning or calls):
+        found["content"] = None
+    if reasoning:
+        found["reasoning_content"] = reasoning
+    if calls:
+        found["tool_calls"] = [_call(call, _arguments(call, deltas)) for call in calls]
+    return found
+
+
+def _arguments(call: answer.Call, deltas: Sequence[answer.Delta]) -> str:
+    pieces = (delta for delta in deltas if isinstance(delta, answer.Arguments))
+    return "".join(delta.text for delta in pieces if delta.number == call.number)
+
+
+def _call(call: answer.Call, arguments: str) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def message_delta(said: answer.Delta) -> dict[str, Any]:
+    """A piece of that message, in a chunk."""
+    if isinstance(said, answer.Content):
+        return {"content": said.text}
+    if isinstance(said, answer.Reasoning):
+        return {"reasoning_content": said.text}
+    if isinstance(said, answer.Call):
+        return {"tool_calls": [{"index": said.number, **_call(said, "")}]}
+    return {"tool_calls": [{"index": said.number, "function": {"arguments": said.text}}]}
 
 
 def chat_logprobs(entries: Sequence[Entry], offsets: Sequence[int]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gateway.parameters import Inputs, parse_object
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
 from pipelines.sampling import Sampling
+from pipelines.tools import Tools, parse_tools, refuse_replaced
 
 MAX_CHOICES = 16  # unless the settings say otherwise
 _COMPLETION_MAX_TOKENS = 16  # OpenAI, completions, max_tokens: "Defaults to 16"
@@ -47,6 +48,7 @@ _COMMON = _SAMPLING | {
     "store",
     "service_tier",
 }
+_TOOLS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class GenerationRequest:
     model: str
     prompts: Sequence[Inputs]
     sampling: Sampling
+    tools: Tools | None = None
     n: int = 1
     priority: int = 0
     stream: bool = False
@@ -66,6 +69,11 @@ class GenerationRequest:
     @property
     def choices(self) -> int:
         return len(self.prompts) * self.n
+
+    @property
+    def shaped(self) -> bool:
+        """Whether a grammar holds the answer."""
+        return self.sampling.response_format is not None or (self.tools is not None and self.tools.forced)
 
     def asked(self) -> Iterator[tuple[Inputs, Sampling]]:
         """What to submit for each choice, in the order of their indexes: all of the first prompt's come first.
@@ -100,12 +108,17 @@ class Operation:
     closing: Held  # what the choice of the chunk with the finish_reason holds
     logprobs: Callable[[Sequence[Entry], Sequence[int]], Held]  # and where each token begins in the choice's text
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether an answer is more than its text: calls and reasoning are read out of it."""
+        return "tools" in self.parameters
+
 
 CHAT = Operation(
     name="chat",
     path="/v1/chat/completions",
     id_prefix="chatcmpl-",
-    parameters=_COMMON | {"messages", "max_completion_tokens", "top_logprobs", "modalities"},
+    parameters=_COMMON | _TOOLS | {"messages", "max_completion_tokens", "top_logprobs", "modalities"},
     prompts=parameters.chat_prompts,
     sampling=lambda given: {
         name: given[name] for name in ("max_completion_tokens", "logprobs", "top_logprobs") if name in given
@@ -147,17 +160,23 @@ def parse_request(operation: Operation, body: bytes, max_choices: int = MAX_CHOI
         raise parameters.missing("model")
     if not isinstance(model, str):
         raise StageError("'model' must be a string.", param="model")
+    if operation.takes_tools:
+        refuse_replaced(given)
     for name in given:
         if name not in operation.parameters:
             raise parameters.unsupported(name)
     parameters.refuse_all_but_harmless(given)
     stream = parameters.boolean(given, "stream")
     prompts = operation.prompts(given)
+    tools = parse_tools(given) if operation.takes_tools else None
+    if tools and tools.callable:
+        prompts = [{**prompt, "tools": tools.to_json()} for prompt in prompts]
     sampling = {name: given[name] for name in _SAMPLING if name in given}
     return GenerationRequest(
         model=model,
         prompts=prompts,
         sampling=Sampling.parse({**sampling, **operation.sampling(given)}),
+        tools=tools,
         n=parameters.choices(given, len(prompts), max_choices),
         priority=parameters.priority(given),
         stream=stream,

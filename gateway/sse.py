@@ -71,7 +71,8 @@ class Events:
             return prefix + quote(pieces[0]) + suffix
         data = b"".join([self._piece(index, piece) for piece in pieces])
         if delta.finish_reason:
-            data += self._chunk(index, self._operation.closing, delta.finish_reason)
+            reason = self._choices[index].finish_reason(delta.finish_reason)
+            data += self._chunk(index, self._operation.closing, reason)
         return data
 
     def closing(self, totals: Totals) -> bytes:

@@ -8,11 +8,13 @@ from starlette.types import Scope
 
 from gateway.admission import Admission
 from gateway.backend import Backend
+from gateway.formats import Formats
 from gateway.settings import Settings
 
 
 class AppState(TypedDict):
     backend: Backend
+    formats: Formats
     settings: Settings
     admission: Admission
     started: int  # unix seconds

@@ -30,6 +30,7 @@ Values = Mapping[Tensor, Any]  # what a model is given or answers: text as str o
 
 PROMPT = Tensor("prompt", "TYPE_STRING", (1,), optional=True)  # one user message
 MESSAGES = Tensor("messages", "TYPE_STRING", (1,), optional=True)  # OpenAI messages as JSON
+TOOLS = Tensor("tools", "TYPE_STRING", (1,), optional=True)  # JSON: OpenAI's tools, tool_choice, parallel_tool_calls
 TEXT = Tensor("text", "TYPE_STRING", (1,), optional=True)  # raw text to continue, no chat template
 TEXT_IDS = Tensor("text_ids", "TYPE_INT64", (-1,), optional=True)  # the same as token ids, taken as they are
 IMAGE = Tensor("image", "TYPE_UINT8", (-1,), optional=True)  # reserved: encoded bytes of one image
@@ -78,14 +79,8 @@ class Model:
     steps: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = ()
 
 
-REQUEST = (
-    PROMPT,
-    MESSAGES,
-    TEXT,
-    TEXT_IDS,
-    IMAGE,
-    SAMPLING,
-)  # what the ensemble, the orchestrator and preprocess all take
+TEXTS = (PROMPT, MESSAGES, TOOLS, TEXT)
+REQUEST = (*TEXTS, TEXT_IDS, IMAGE, SAMPLING)  # what the ensemble, the orchestrator and preprocess all take
 
 MODELS = {
     "preprocess": Model(REQUEST, (INPUT_IDS, optional(SAMPLING))),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,19 +78,19 @@ class Detokenizer:
     stream: Callable[[bool], Stream]  # told whether the answer has started before the ids to be pushed
 
 
-def load(tokenizer: Tokenizer) -> Detokenizer:
-    """The detokenizer that equals `tokenizer.decode(ids, skip_special_tokens=True)`."""
+def load(tokenizer: Tokenizer, keep: Collection[str] = ()) -> Detokenizer:
+    """The detokenizer that equals `tokenizer.decode(ids, skip_special_tokens=True)`; of `keep` it skips nothing."""
     state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else None
     steps = _steps(state)
     kinds = [step["type"] for step in steps]
-    token = _visible(tokenizer)
+    token = _visible(tokenizer, keep)
     if kinds == ["ByteLevel"]:
         return _lossy(token)
     if (runs := _runs(steps, token)) is not None:
         return runs
     if kinds in ([], ["Metaspace"], ["WordPiece"]):
         return _first(tokenizer.decoder, token)
-    return _whole(tokenizer)
+    return _whole(tokenizer, token)
 
 
 def _data(entry: Entry) -> bytes | None:
@@ -105,9 +105,10 @@ def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [state]
 
 
-def _visible(tokenizer: Tokenizer) -> Callable[[int], str | None]:
+def _visible(tokenizer: Tokenizer, keep: Collection[str]) -> Callable[[int], str | None]:
     """The token of an id, or None if `decode` skips it: by its content, as the Rust implementation does."""
     special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+    special.difference_update(keep)
 
     def token(token_id: int) -> str | None:
         content: str | None = tokenizer.id_to_token(token_id)
@@ -332,8 +333,7 @@ class FirstStream:
         return ""
 
 
-def _whole(tokenizer: Tokenizer) -> Detokenizer:
-    token = _visible(tokenizer)
+def _whole(tokenizer: Tokenizer, token: Callable[[int], str | None]) -> Detokenizer:
     return Detokenizer(Table(lambda token_id: None), False, lambda started: WholeStream(tokenizer, token))
 
 
@@ -357,7 +357,11 @@ class WholeStream:
 
     def spell(self, token_id: int) -> bytes | None:
         """By itself: what it becomes among others is not known."""
-        return None if self._token(token_id) is None else str(self._tokenizer.decode([token_id])).encode()
+        return (
+            None
+            if self._token(token_id) is None
+            else str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
+        )
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
@@ -365,4 +369,5 @@ class WholeStream:
 
     def flush(self) -> str:
         ids, self._ids = self._ids, []
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        shown = [token_id for token_id in ids if self._token(token_id) is not None]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False))

@@ -138,9 +138,8 @@ class Orchestrator:
 
     def _start(self, handle: str, asked: Asked, sink: Lane | Stream) -> None:
         asked.refuse_images()
-        tensors = (contracts.MESSAGES, contracts.PROMPT, contracts.TEXT)
         inputs: dict[str, str | Sequence[int]] = {
-            tensor.name: text for tensor in tensors if (text := asked.text(tensor)) is not None
+            tensor.name: text for tensor in contracts.TEXTS if (text := asked.text(tensor)) is not None
         }
         if ids := asked.ids(contracts.TEXT_IDS):
             inputs[contracts.TEXT_IDS.name] = ids

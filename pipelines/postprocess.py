@@ -11,7 +11,7 @@ a stream would see completed first, so that the cut does not depend on the chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from pipelines import detokenizer, logprobs
+from pipelines.answer.formats import AnswerFormat
 from pipelines.chat import Text, Window, finish_reason_of
 from pipelines.detokenizer import Detokenizer
 
@@ -51,12 +52,12 @@ class Postprocess:
 
     @classmethod
     def load(cls, home: Path) -> Postprocess:
-        return cls.of(Tokenizer.from_file(str(home / "tokenizer.json")))
+        return cls.of(Tokenizer.from_file(str(home / "tokenizer.json")), AnswerFormat.load(home).marks)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Postprocess:
-        """From a tokenizer that is loaded already."""
-        return cls(detokenizer.load(tokenizer), tokenizer.id_to_token)
+    def of(cls, tokenizer: Tokenizer, keep: Collection[str] = ()) -> Postprocess:
+        """From a tokenizer that is loaded already. `keep`: special tokens that are text, because they mark calls."""
+        return cls(detokenizer.load(tokenizer, keep), tokenizer.id_to_token)
 
     def text(self, window: Window, *, per_token: bool) -> Text:
         """What one request's window releases, as one text or, `per_token`, one for each new id."""

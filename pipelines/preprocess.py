@@ -1,5 +1,6 @@
 """The first stage: messages, a prompt or raw text in; token ids and checked sampling parameters out.
 
+Calls that `tools` ask for become part of those: a grammar that the answer must follow.
 Imports neither torch nor transformers, so the stage starts in the time it takes to read tokenizer.json. Knows
 no Triton and emits no span: the caller passes a factory of context managers to time the steps with.
 """
@@ -14,10 +15,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pipelines import prompt as prompts
+from pipelines.answer.formats import AnswerFormat
+from pipelines.answer.grammar import grammar
 from pipelines.errors import StageError
 from pipelines.messages import load_messages, utf8
 from pipelines.sampling import Sampling
+from pipelines.structure import Structure
 from pipelines.template import ChatTemplate
+from pipelines.tools import Tools, load_tools
 
 Timing = Callable[[str], AbstractContextManager[object]]
 
@@ -45,6 +51,10 @@ class Preprocess:
         tokenizer.no_padding()
         return cls(tokenizer, ChatTemplate.load(home), context)
 
+    @cached_property
+    def form(self) -> AnswerFormat:
+        return AnswerFormat.of(self.template)
+
     def run(
         self,
         *,
@@ -52,10 +62,14 @@ class Preprocess:
         prompt: str | bytes | None = None,
         text: str | bytes | None = None,
         text_ids: Sequence[int] | None = None,
+        tools: str | bytes | None = None,
         sampling: str | bytes | None = None,
         stage: Timing = nullcontext,
     ) -> Prepared:
-        """Exactly one of `messages` (JSON), `prompt` (one user message), `text` and `text_ids` (continued as it is)."""
+        """Exactly one of `messages` (JSON), `prompt` (one user message), `text` and `text_ids` (continued as it is).
+
+        `tools` (JSON) go with a chat, which the first two are.
+        """
         inputs = {"messages": messages, "prompt": prompt, "text": text, "text_ids": text_ids}
         given = [name for name, value in inputs.items() if value is not None]
         if len(given) != 1:
@@ -66,6 +80,9 @@ class Preprocess:
             )
         param = given[0]
         wanted = self._possible(_sampling(sampling))
+        offered = load_tools(tools) if tools is not None else None
+        if offered and param in ("text", "text_ids"):
+            raise StageError(f"'tools' go with 'messages' or 'prompt', not with '{param}'.", param="tools")
         if text_ids is not None:
             return Prepared(self._known(text_ids), self._fit(wanted, len(text_ids), param))
         if text is not None:
@@ -73,7 +90,9 @@ class Preprocess:
         else:
             chat = load_messages(messages) if messages is not None else _one_message(utf8(prompt or "", "prompt"))
             with stage("render"):
-                rendered, template = self._render(chat, param), True
+                rendered, template = self._render(chat, offered, param), True
+            if offered and offered.callable:
+                wanted = self._constrained(wanted, offered, rendered)
         with stage("tokenize"):
             # A template writes the special tokens itself; the tokenizer's post-processor would write them
             # twice.
@@ -90,15 +109,26 @@ class Preprocess:
                 raise StageError(f"'text_ids' holds {token_id}, which is no token of this model.", param="text_ids")
         return list(ids)
 
-    def _render(self, chat: Sequence[dict[str, object]], param: str) -> str:
+    def _render(self, chat: Sequence[dict[str, object]], tools: Tools | None, param: str) -> str:
         if self.template is None:
             raise StageError(
                 "This pipeline has no chat template (it is a base model): send 'text' (POST /v1/completions) instead.",
                 param=param,
             )
-        if "developer" not in self.template.source:
-            chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
-        return self.template.render(chat)
+        return prompts.render(self.template, self.form, chat, tools)
+
+    def _constrained(self, sampling: Sampling, tools: Tools, rendered: str) -> Sampling:
+        """Calls that must be made are a structure; so is an answer of a given shape that may be calls instead."""
+        if not (tools.forced or sampling.response_format):
+            return sampling
+        source = grammar(
+            self.form,
+            tools,
+            self.tokenizer.token_to_id,
+            thinking=self.form.opens_in(rendered),
+            otherwise=None if tools.forced else sampling.response_format,
+        )
+        return replace(sampling, response_format=Structure("grammar", source))
 
     def _possible(self, sampling: Sampling) -> Sampling:
         """What only the tokenizer can say: whether a biased token is one, and a structure can be followed."""

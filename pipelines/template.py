@@ -4,8 +4,8 @@ Follows `transformers.utils.chat_template_utils` (5.x): a Jinja immutable sandbo
 lstrip_blocks, loop controls, its own `tojson`, `raise_exception`, `strftime_now` and the `generation` tag;
 the special tokens are variables. Templates are files of a model, so code from elsewhere: beyond the sandbox,
 what one may iterate, repeat and write is bounded here. (A process has no way to bound all that an expression
-can compute; pipelines are an operator's choice.) Knows no tokenizer, and no message format beyond a list of
-dicts.
+can compute; pipelines are an operator's choice.) Knows no tokenizer, and no format of messages and tools beyond
+lists of dicts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,29 +31,65 @@ _WIDE = re.compile(r"\d{6}|:[^{}]*\{|[%.]\*")
 
 
 class ChatTemplate:
-    """One compiled template, with the special tokens it may name."""
+    """One compiled template, with the special tokens it may name. `with_tools`: another, for chats that have tools.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    `response`: what the same files declare of the answers (transformers' `response_template`).
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        with_tools: ChatTemplate | None = None,
+        response: Mapping[str, Any] | None = None,
+    ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
-        self._template = _compile(source)
+        self.with_tools = with_tools
+        self.response = response
+        self._template, self._names = _compile(source)
 
     @classmethod
     def load(cls, home: Path) -> ChatTemplate | None:
         """The template in a prepared folder: a file, else a key of tokenizer_config.json; None without one."""
         config = _read_json(home / "tokenizer_config.json")
-        file = home / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.exists() else _default(config.get("chat_template"))
+        named = _named(config.get("chat_template"))
+        for name, file in (
+            ("default", home / "chat_template.jinja"),
+            ("tool_use", home / "additional_chat_templates" / "tool_use.jinja"),
+        ):
+            if file.exists():
+                named[name] = file.read_text(encoding="utf-8")
+        source = named.get("default") or next(iter(named.values()), None)
         if source is None:
             return None
-        return cls(source, special_tokens(_read_json(home / "special_tokens_map.json") | config))
+        special = special_tokens(_read_json(home / "special_tokens_map.json") | config)
+        other = named.get("tool_use", source)
+        response = config.get("response_template")
+        return cls(source, special, cls(other, special) if other != source else None, response)
 
-    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it shows the model the functions it is given."""
+        return "tools" in self._names
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a chat may begin with a system message."""
+        try:
+            self.render([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+        except StageError:
+            return False
+        return True
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> str:
         """The prompt up to where the assistant's answer begins."""
         from jinja2 import TemplateError
 
         try:
-            return "".join(self._bounded(messages))
+            return "".join(self._bounded(messages, tools))
         except TemplateError as error:
             raise _refused(error.message or type(error).__name__) from None
         except StageError:
@@ -63,12 +99,14 @@ class ChatTemplate:
         except Exception as error:  # a template can raise whatever an expression can: TypeError, KeyError…
             raise _refused(f"{type(error).__name__}: {error}") from None
 
-    def _bounded(self, messages: Sequence[Mapping[str, object]]) -> list[str]:
+    def _bounded(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None
+    ) -> list[str]:
         blocks: list[str] = []
         room = MAX_RENDERED
         for block in self._template.generate(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=True,
             range=_budgeted_range(),
@@ -93,12 +131,11 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _default(value: object) -> str | None:
-    """A tokenizer_config's template: one string, or a list of named ones, of which `default` is for chats."""
-    if not isinstance(value, list):
-        return value if isinstance(value, str) else None
-    named = {str(item["name"]): str(item["template"]) for item in value}
-    return named.get("default") or next(iter(named.values()), None)
+def _named(value: object) -> dict[str, str]:
+    """A tokenizer_config's templates by name: one string is the default, a list names each."""
+    if isinstance(value, list):
+        return {str(item["name"]): str(item["template"]) for item in value}
+    return {"default": value} if isinstance(value, str) else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -112,9 +149,10 @@ def _refused(reason: str) -> StageError:
     return StageError(f"The chat template cannot render these messages: {reason}.", param="messages")
 
 
-def _compile(source: str) -> jinja2.Template:
+def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """The template, and the names that it expects to be given."""
     # Imported here: a pipeline without a chat template need not pay for Jinja.
-    import jinja2
+    import jinja2.meta
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -179,7 +217,8 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     del environment.globals["lipsum"]
     try:
-        return environment.from_string(source)
+        names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        return environment.from_string(source), frozenset(names)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not compile: line {error.lineno}: {error.message}") from None
 

@@ -16,6 +16,17 @@ def user(content: object = "hi", **more: object) -> dict[str, object]:
     return {"role": "user", "content": content, **more}
 
 
+def call(arguments: object = '{"a": 1}', **more: object) -> dict[str, object]:
+    return {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}, **more}
+
+
+def calls(tool_calls: object, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": None, "tool_calls": tool_calls, **more}
+
+
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
+
+
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
 def test_a_plain_message_is_taken_as_it_is(role):
     messages = [{"role": role, "content": "hi"}]
@@ -35,6 +46,26 @@ def test_names_and_tool_results_are_kept():
 def test_nulls_and_no_tool_calls_are_keys_not_given():
     answer = {"role": "assistant", "content": "hi", "refusal": None, "audio": None, "tool_calls": []}
     assert parse_messages([answer]) == [{"role": "assistant", "content": "hi"}]
+
+
+def test_calls_are_kept_as_openai_writes_them():
+    messages = [
+        calls([call(), call('{"b": [1, {}]}')]),
+        {**calls([call()]), "content": "so", "reasoning_content": "hm"},
+    ]
+    assert parse_messages(messages) == messages
+
+
+def test_what_the_official_client_adds_is_left_out():
+    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}
+    assert parse_messages([calls([call(function=function, index=0)], parsed={"b": 2})]) == [calls([call()])]
+    with pytest.raises(StageError, match="parsed' is not supported"):
+        parse_messages([user(parsed={})])
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None])
+def test_a_call_without_arguments_has_none(arguments):
+    assert parse_messages([calls([call(arguments, type=None)])]) == [calls([call("{}")])]
 
 
 def test_an_empty_content_is_a_content():
@@ -80,11 +111,24 @@ def test_an_empty_content_is_a_content():
         ([user(**{"\ud800": 1})], "messages[0].\\ud800", "not supported"),
         ([{"role": "assistant", "content": "no", "refusal": "no"}], "messages[0].refusal", "not supported"),
         ([{"role": "tool", "content": "42"}], "messages[0].tool_call_id", "is required with role 'tool'"),
-        (
-            [{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}],
-            "messages[0].tool_calls",
-            "is not supported",
-        ),
+        ([user(tool_calls=[call()])], "messages[0].tool_calls", "role 'user' takes"),
+        ([user(reasoning_content="hm")], "messages[0].reasoning_content", "not supported"),
+        ([user(function_call={"name": "f"})], "messages[0].function_call", "send 'tool_calls'"),
+        ([calls({})], "messages[0].tool_calls", "must be a list of calls, not an object"),
+        ([calls([])], "messages[0].content", "is required"),
+        ([calls(["f"])], "messages[0].tool_calls[0]", "not a string"),
+        ([calls([call(), {"id": "c1"}])], "messages[0].tool_calls[1].function", "is required"),
+        ([calls([call(id=None)])], "messages[0].tool_calls[0].id", "is required"),
+        ([calls([call(type="custom")])], "messages[0].tool_calls[0].type", "not 'custom'"),
+        ([calls([call(at=0)])], "messages[0].tool_calls[0].at", "takes id, type, function"),
+        ([calls([call(function={})])], "messages[0].tool_calls[0].function.name", "is required"),
+        ([calls([call(function={"name": 1})])], "messages[0].tool_calls[0].function.name", "a string"),
+        ([calls([call({"a": 1})])], ARGUMENTS, "a string that holds a JSON object, not an object"),
+        ([calls([call('{"a": ')])], ARGUMENTS, "not valid JSON"),
+        ([calls([call("[1]")])], ARGUMENTS, "must hold a JSON object, not a list"),
+        ([calls([call("[" * 100_000)])], ARGUMENTS, "nested too deeply"),
+        ([calls([call('{"a": NaN}')])], ARGUMENTS, "not valid JSON"),
+        ([calls([call('{"a": "\\ud800"}')])], ARGUMENTS, "not valid Unicode"),
     ],
 )
 def test_a_refusal_names_its_place(messages, param, problem):
@@ -131,8 +175,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = st.sampled_from(["role", "content", "name", "type", "text", "tool_call_id", "tool_calls"])
-WORDS = st.sampled_from(["user", "assistant", "tool", "developer", "text", "hi", "\ud800"])
+KEYS = st.sampled_from(
+    ["role", "content", "name", "type", "text", "tool_call_id", "tool_calls", "id", "function", "arguments"]
+)
+WORDS = st.sampled_from(["user", "assistant", "tool", "developer", "text", "function", "hi", "{}", "\ud800"])
 NEARLY = st.recursive(
     WORDS | JSON,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
@@ -149,7 +195,11 @@ def test_any_json_is_parsed_for_good_or_refused(value):
         refused = error
     else:
         assert parse_messages(messages) == messages
-        assert all(isinstance(item, str) for message in messages for item in message.values())
+        for message in messages:
+            assert isinstance(message["content"], str) or message["tool_calls"]
+            assert all(isinstance(item, str) for key, item in message.items() if key not in ("content", "tool_calls"))
+            for made in message.get("tool_calls", []):
+                assert isinstance(json.loads(made["function"]["arguments"]), dict)
         return
     assert str(refused.param).startswith("messages")
     refused.to_json().encode()

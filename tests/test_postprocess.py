@@ -370,6 +370,31 @@ def test_a_stop_that_only_the_end_settles_is_why_it_ended(smollm2_bytes):
     assert stage.text(Window(ids, 3, 0, ["\ufffd"], True), per_token=False).stopped
 
 
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_special_tokens_that_mark_calls_stay_in_the_text(name):
+    tokenizer = SYNTHETIC[name]()
+    tokenizer.add_special_tokens(["[CALL]", "[OTHER]"])
+    call, other = tokenizer.token_to_id("[CALL]"), tokenizer.token_to_id("[OTHER]")
+    stage, skipping = Postprocess.of(tokenizer, {"[CALL]"}), Postprocess.of(tokenizer)
+    some = next(id for id in range(tokenizer.get_vocab_size()) if len(skipping.full([id])) == 1)
+    ids = [some, call, some, other, some]
+    wanted = tokenizer.decode([some, call, some, some], skip_special_tokens=False)
+    assert stage.full(ids) == wanted
+    assert "[CALL]" in wanted
+    assert "[CALL]" not in skipping.full(ids)
+    assert stage.full(ids, ["[CALL]"]) == wanted[: wanted.index("[CALL]")]
+
+
+def test_the_marks_of_a_models_format_are_kept(tmp_path):
+    tokenizer = SYNTHETIC["llama"]()
+    tokenizer.add_special_tokens(["[TOOL_CALLS]", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = [tokenizer.token_to_id("[TOOL_CALLS]"), tokenizer.token_to_id("</s>")]
+    assert Postprocess.load(tmp_path).full(ids) == ""
+    (tmp_path / "chat_template.jinja").write_text("{{ tools }}[TOOL_CALLS]")
+    assert Postprocess.load(tmp_path).full(ids) == "[TOOL_CALLS]"
+
+
 @pytest.fixture(scope="module")
 def llama():
     tokenizer = SYNTHETIC["llama"]()

@@ -148,6 +148,65 @@ def test_prompt_and_answer_must_fit_together():
     )
 
 
+WEATHER = {
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
+def tools(**more: object) -> str:
+    return json.dumps({"tools": [{"type": "function", "function": WEATHER}], **more})
+
+
+@pytest.fixture(scope="module")
+def roomy(smollm2_home):
+    return Preprocess.load(smollm2_home, context=1024)
+
+
+def test_tools_are_in_the_prompt_and_leave_the_answer_free(roomy):
+    plain = roomy.run(prompt="Rome?")
+    prepared = roomy.run(prompt="Rome?", tools=tools())
+    assert prepared.sampling.response_format is None
+    assert json.dumps(WEATHER) in roomy.tokenizer.decode(prepared.input_ids, skip_special_tokens=False)
+    assert roomy.run(prompt="Rome?", tools=tools(tool_choice="none")).input_ids == plain.input_ids
+    assert roomy.run(prompt="Rome?", tools='{"tools": []}').input_ids == plain.input_ids
+
+
+def test_a_call_that_must_be_made_is_a_grammar(roomy):
+    made = roomy.run(prompt="Rome?", tools=tools(tool_choice="required")).sampling.response_format
+    assert made.kind == "grammar"
+    assert '{\\"name\\": \\"weather\\", \\"arguments\\": ' in made.source
+    asked = json.dumps({"response_format": {"type": "json_object"}})
+    both = roomy.run(prompt="Rome?", tools=tools(), sampling=asked).sampling.response_format
+    assert both.kind == "grammar"
+    assert "(calls | answer)" in both.source
+    forced = roomy.run(prompt="Rome?", tools=tools(tool_choice="required"), sampling=asked).sampling.response_format
+    assert forced == made
+    none = roomy.run(prompt="Rome?", tools=tools(tool_choice="none"), sampling=asked).sampling.response_format
+    assert none.kind == "json_object"
+
+
+def test_reasoning_that_the_prompt_begins_comes_before_the_call():
+    template = "<s>{% for m in messages %} a{% endfor %}{{ tools | length if tools }} <think>{# </think> <tool_call> #}"
+    sampling = words(template).run(prompt="a", tools=tools(tool_choice="required")).sampling
+    assert "\nstart: thoughts SPACE calls\n" in "\n" + sampling.response_format.source
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"prompt": "a", "tools": "["}, "tools"),
+        ({"prompt": "a", "tools": '{"tools": [{}]}'}, "tools[0].type"),
+        ({"text": "a", "tools": tools()}, "tools"),
+        ({"text_ids": [5], "tools": tools()}, "tools"),
+    ],
+)
+def test_bad_tools_are_named(smollm2, given, param):
+    with pytest.raises(StageError) as refused:
+        smollm2.run(**given)
+    assert refused.value.param == param
+
+
 def test_the_steps_are_timed(smollm2):
     timed = []
 
@@ -197,4 +256,4 @@ def test_the_stages_start_without_torch_and_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     loaded = done.stdout.split()
     assert "tokenizers" in loaded
-    assert not {"torch", "transformers", "jinja2", "numpy"} & set(loaded)
+    assert not {"torch", "transformers", "jinja2", "numpy", "llguidance"} & set(loaded)

@@ -14,6 +14,7 @@ from gateway.objects import Head
 from gateway.protocol import CHAT, COMPLETION, parse_request
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
+from pipelines.tools import load_tools
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
@@ -157,13 +158,10 @@ UNSUPPORTED_CHAT = {
     "audio": {},
     "function_call": "none",
     "functions": [],
-    "parallel_tool_calls": True,
     "prediction": {},
     "prompt_cache_key": "",
     "reasoning_effort": "low",
     "safety_identifier": "",
-    "tool_choice": "none",
-    "tools": [],
     "verbosity": "low",
     "web_search_options": {},
     "best_of": 1,
@@ -484,3 +482,35 @@ def test_any_json_is_a_request_or_a_stage_error(body, operation):
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_a_request_or_a_stage_error(body, operation):
     assert outcome(operation, body) == "invalid_request"
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_go_with_every_choice_and_stay_with_the_request():
+    request = chat(tools=[WEATHER], tool_choice="required", n=2)
+    assert request.tools is not None
+    assert request.tools.forced
+    sent = [inputs["tools"] for inputs, _ in request.asked()]
+    assert [load_tools(str(tools)) for tools in sent] == [request.tools, request.tools]
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": [WEATHER], "tool_choice": "none"}])
+def test_tools_that_cannot_be_called_are_not_sent(fields):
+    request = chat(**fields)
+    assert [list(inputs) for inputs, _ in request.asked()] == [["messages"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [WEATHER], "tool_choice": "some"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+    ],
+)
+def test_bad_tools_are_named(fields, param):
+    with pytest.raises(StageError) as refused:
+        chat(**fields)
+    assert refused.value.param == param

@@ -16,7 +16,7 @@ class TritonPythonModel:
 
     def run(self, request):
         request.refuse_images()
-        inputs = {name.name: request.text(name) for name in (contracts.MESSAGES, contracts.PROMPT, contracts.TEXT)}
+        inputs = {tensor.name: request.text(tensor) for tensor in contracts.TEXTS}
         with request.span("preprocess") as span:
             prepared = self.stage.run(
                 **inputs,

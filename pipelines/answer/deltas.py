@@ -1,0 +1,56 @@
+"""What an answer's text turns into, piece by piece. Knows neither how models write nor how OpenAI shapes it."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+class Content(NamedTuple):
+    text: str
+
+
+class Reasoning(NamedTuple):
+    text: str
+
+
+class Call(NamedTuple):
+    """A call begins. `number` counts the answer's calls, from 0."""
+
+    number: int
+    id: str
+    name: str
+
+
+class Arguments(NamedTuple):
+    """A further piece of a call's arguments; the pieces of one call add up to a JSON object."""
+
+    number: int
+    text: str
+
+
+Delta = Content | Reasoning | Call | Arguments
+
+
+def new_call_id() -> str:
+    return "call_" + "".join(secrets.choice(_LETTERS) for _ in range(24))
+
+
+def merged(deltas: Iterable[Delta]) -> list[Delta]:
+    """The same with neighbours of one kind joined, and none that is empty."""
+    found: list[Delta] = []
+    for delta in deltas:
+        last = found[-1] if found else None
+        if isinstance(delta, Call):
+            found.append(delta)
+        elif not delta.text:
+            continue
+        elif last is not None and not isinstance(last, Call) and delta[:-1] == last[:-1] and type(delta) is type(last):
+            found[-1] = last._replace(text=last.text + delta.text)
+        else:
+            found.append(delta)
+    return found
