@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines.engine import Limits, Request
+from pipelines.engine import Limits, Request, batched, native
 from pipelines.engine import slots as slots_module
 from pipelines.engine.batched import BatchedEngine
 from pipelines.engine.limits import read_limits
@@ -460,3 +460,33 @@ def test_min_tokens_and_ignore_eos_go_on_past_an_end(llama):
     assert answer(engine("llama", eos=(end,)), prompt(9), greedy(12, ignore_eos=True)) == (plain, "length")
     tokens, _ = answer(engine("llama", eos=(end,)), prompt(9), greedy(12, min_tokens=first + 1))
     assert end not in tokens[: first + 1]
+
+
+def test_on_the_kernels_a_request_has_the_same_bits_whatever_runs_beside_it(smollm2_home, monkeypatch):
+    """Alone, from a kept beginning, in chunks beside others that decode, at temperature 1: the very same logits."""
+    if native.load() is None:
+        pytest.skip("the kernels are not built on this machine: it has no compiler, or no AVX2")
+    model, limits = load(smollm2_home)
+    real, seen = batched.sample, {}
+
+    def listening(logits, draws):
+        for draw, row in zip(draws, logits, strict=True):
+            seen.setdefault(draw.sampling.seed, []).append(row.clone())
+        return real(logits, draws)
+
+    monkeypatch.setattr(batched, "sample", listening)
+    long = [100 + 37 * place % 5000 for place in range(300)]
+    found = {}
+    for name in ("alone", "again", "among others"):
+        driven = BatchedEngine(model, limits) if name != "again" else driven
+        for number in range(5 if name == "among others" else 0):
+            ids = [50 + number + 13 * place % 3000 for place in range(20 + number)]
+            driven.submit(Request(str(number), ids, Sampling(max_tokens=30, seed=number)))
+        driven.step()
+        driven.submit(Request("it", long, Sampling(max_tokens=8, seed=99)))
+        tokens, _ = drain(driven)
+        found[name] = tokens["it"], torch.stack(seen.pop(99))
+    for name in ("again", "among others"):
+        assert found[name][0] == found["alone"][0]
+        assert torch.equal(found[name][1], found["alone"][1])
+    assert driven.counters.steps > 300 // BESIDE

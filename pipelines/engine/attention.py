@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from pipelines.engine import native_attention
 from pipelines.engine.slots import Pass, SlotCache, SlotLayer, Span, Unsupported
 
 NAME = "triptych"  # as transformers' configs call it: it makes no masks for an implementation it does not know
@@ -56,6 +57,19 @@ def attend(
         raise Unsupported(f"its attention takes {', '.join(extra)}")
     now = cache.now
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache.kernels is not None:
+        found = native_attention.attend(
+            cache.kernels,
+            query[0].transpose(0, 1),
+            layer.keys,
+            layer.values,
+            now.all_slots,
+            now.all_positions,
+            scale=scale,
+            window=layer.window or 0,
+            softcap=softcap or 0.0,
+        )
+        return found[None], None
     decoded = now.last - now.first
     parts = []
     if decoded:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.compatible import CompatibleModel
-from pipelines.engine.flat import FlatModel
+from pipelines.engine.flat import FlatModel, rounds_inputs
 from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
 from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, by_rectangle
 from pipelines.engine.slots import Unsupported, position_bytes
@@ -42,7 +42,8 @@ class Forward(Protocol):
 class BatchedEngine:
     """See `pipelines.engine.Engine`. `kv_bytes` bounds the cache; deadlines are on `clock`.
 
-    `kv_dtype` is what keys and values are kept as, None for what the model computes in.
+    `kv_dtype` is what keys and values are kept as; None is what the model computes in, or half of that where it is on
+    kernels that round more than that anyway.
     """
 
     idle_s = 0.0
@@ -59,6 +60,8 @@ class BatchedEngine:
     ) -> None:
         model.eval()
         config = model.config.get_text_config()
+        if kv_dtype is None and rounds_inputs(model):
+            kv_dtype = torch.float16
         capacity = kv_bytes // position_bytes(config, kv_dtype or model.dtype)
         if capacity < 1:
             raise ValueError(f"the key and value cache of {kv_bytes} bytes holds no token of this model")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.engine import Request, attention
+from pipelines.engine import Request, attention, native
 from pipelines.engine.graphs import Graphs
 from pipelines.engine.scheduler import Chunk, Plan, Row
 from pipelines.engine.slots import SlotCache, Span, Unsupported
@@ -42,10 +42,14 @@ class FlatModel:
         config = model.config.get_text_config()
         if not model._can_set_attn_implementation():
             raise Unsupported(f"{config.model_type} has attention of its own making")
-        self.cache = SlotCache(config, max_slots=max_slots, context=context, dtype=kv_dtype)
-        exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32) and not rounds_inputs(model)
+        # A model on kernels has attention by them too: a row then has the same bits alone, in a batch or in a chunk.
+        kernels = native.load() if rounds_inputs(model) else None
+        self.cache = SlotCache(config, max_slots=max_slots, context=context, dtype=kv_dtype, kernels=kernels)
+        exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32) and not kernels
         self._graphs: Graphs | None = None
         before = model.config._attn_implementation
+        if before == attention.NAME:  # another engine has run it
+            model.set_attn_implementation(before := "eager")
         try:
             plain = self._plain()
             model.set_attn_implementation(attention.NAME)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipelines.engine.native import Kernels
+
 FIRST_LENGTH = 256
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -42,6 +44,8 @@ class Pass:
         self.first = self.last = self.span = 0  # of those slots `span` positions are seen
         self.slots = self.positions = torch.empty(0, dtype=torch.long)
         self.chunks: Sequence[Span] = ()
+        # Of every token, chunks' too: its slot and its position there, for kernels that go by these alone.
+        self.all_slots = self.all_positions = self.slots
         self.masks: dict[Any, Tensor | None] = {}  # made once a pass, for all layers that need the same
         self.capacity = (0, 0)  # slots, length
 
@@ -126,11 +130,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class SlotCache(Cache):  # type: ignore[misc]
     """All layers' slots, in the form that transformers takes as `past_key_values`.
 
-    `dtype` is what keys and values are kept as; None is what the model computes in.
+    `dtype` is what keys and values are kept as; None is what the model computes in. `kernels` are what attention over
+    it is computed by, if not by torch.
     """
 
-    def __init__(self, config: Any, *, max_slots: int, context: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *,
+        max_slots: int,
+        context: int,
+        dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.now = Pass()
+        self.kernels = kernels
         self.windows = layer_windows(config)
         self._max_slots, self._context = max_slots, context
         self._touched: dict[int, int] = {}  # how many positions of each slot have memory
@@ -162,8 +176,14 @@ class SlotCache(Cache):  # type: ignore[misc]
         ends = [chunk.start + chunk.length for chunk in chunks]
         slots = max([now.last, *(chunk.slot + 1 for chunk in chunks)])
         self.reserve(slots, max([now.span, *ends]))
-        now.slots = torch.arange(now.first, now.last, device=device)
-        now.positions = torch.tensor(positions, dtype=torch.long, device=device)
+        slot_of = [*range(now.first, now.last)]
+        place_of = [*positions]
+        for chunk, end in zip(chunks, ends, strict=True):
+            slot_of += [chunk.slot] * chunk.length
+            place_of += range(chunk.start, end)
+        now.all_slots = torch.tensor(slot_of, dtype=torch.long, device=device)
+        now.all_positions = torch.tensor(place_of, dtype=torch.long, device=device)
+        now.slots, now.positions = now.all_slots[: len(positions)], now.all_positions[: len(positions)]
         self.touch(positions, first)
         for chunk, end in zip(chunks, ends, strict=True):
             self._touch(chunk.slot, end)
