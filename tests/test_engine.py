@@ -11,6 +11,7 @@ from pipelines.engine.limits import read_limits
 from pipelines.engine.scheduler import ALONE, BESIDE
 from pipelines.engine.weights import load
 from pipelines.sampling import Sampling
+from tests.driving import answer, collect, drain, engine, greedy
 from tests.models import COMPATIBLE, CONTEXT, FAST, SIZES, build, prompt, reference
 
 
@@ -32,36 +33,6 @@ def fast(request):
 @pytest.fixture(scope="module")
 def llama():
     return build("llama")
-
-
-def greedy(max_tokens, **fields):
-    return Sampling(max_tokens=max_tokens, temperature=0, **fields)
-
-
-def engine(name, *, eos=(), context=CONTEXT, **options):
-    return BatchedEngine(build(name), Limits(context, frozenset(eos)), **options)
-
-
-def drain(driven, into=None):
-    """All until nothing is left: the tokens of each request, and its last output."""
-    tokens, last = into if into is not None else ({}, {})
-    while driven.busy:
-        collect(driven.step(), (tokens, last))
-    return tokens, last
-
-
-def collect(outputs, into):
-    for output in outputs:
-        assert output.id not in into[1], "an output after the last one"
-        into[0].setdefault(output.id, []).extend(output.token_ids)
-        if output.finish_reason:
-            into[1][output.id] = output
-
-
-def answer(driven, input_ids, sampling, stops_at=None):
-    driven.submit(Request("only", input_ids, sampling, stops_at))
-    tokens, last = drain(driven)
-    return tokens["only"], last["only"].finish_reason
 
 
 def test_alone_it_answers_as_generate_does(fast):
@@ -478,7 +449,8 @@ def test_on_the_kernels_a_request_has_the_same_bits_whatever_runs_beside_it(smol
     long = [100 + 37 * place % 5000 for place in range(300)]
     found = {}
     for name in ("alone", "again", "among others"):
-        driven = BatchedEngine(model, limits) if name != "again" else driven
+        if name != "again":
+            driven = BatchedEngine(model, limits)
         for number in range(5 if name == "among others" else 0):
             ids = [50 + number + 13 * place % 3000 for place in range(20 + number)]
             driven.submit(Request(str(number), ids, Sampling(max_tokens=30, seed=number)))

@@ -18,8 +18,10 @@ from pipelines.engine.native import NoKernels
 from pipelines.engine.native_attention import attend
 from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeWeight
 from pipelines.engine.weights import WeightsError, load
+from tests.driving import answer, engine, greedy
+from tests.gguf_file import write_gguf
+from tests.models import MODELS, prompt
 from tests.test_codes import KINDS, blocks, numbers
-from tests.test_engine import MODELS, answer, engine, greedy, prompt, write_gguf
 
 ROWS, COLUMNS = 80, 512
 COUNTS = (1, 2, 3, 5, 16, 33, 100)
