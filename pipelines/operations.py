@@ -59,7 +59,7 @@ def load_engine(pipeline: Pipeline) -> Engine:
     model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, quantize=pipeline.quantize, device=device)
     limits = replace(limits, context=pipeline.context or limits.context)
     kv_bytes = pipeline.kv_cache_mb * 10**6 or _share_of_memory(device)
-    engine = BatchedEngine(model, limits, max_running=pipeline.max_running, kv_bytes=kv_bytes)
+    engine = BatchedEngine(model, limits, max_running=pipeline.max_running, kv_bytes=kv_bytes, compile=True)
     pipeline.way_file.parent.mkdir(parents=True, exist_ok=True)
     pipeline.way_file.write_text(engine.way)
     log.info("%s runs %s, in %s", pipeline.name, engine.way, str(model.dtype).removeprefix("torch."))

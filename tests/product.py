@@ -38,7 +38,9 @@ class Product:
         )  # its logs and rendered models are its own; the weights are shared
         cache.mkdir()
         (cache / "weights").symlink_to(cache_dir() / "weights")
-        (cache / "kernels").symlink_to(cache_dir() / "kernels")
+        for made in ("kernels", "compiled"):  # for this machine, once
+            (cache_dir() / made).mkdir(parents=True, exist_ok=True)
+            (cache / made).symlink_to(cache_dir() / made)
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "TRIPTYCH_"))}
         clean["TRIPTYCH_CACHE"] = str(cache)
         with self.log.open("wb") as log:

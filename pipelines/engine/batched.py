@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 class Forward(Protocol):
     """A model as the engine uses it, and where its keys and values are."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Which way it is run."""
 
     def forward(self, plan: Plan) -> Tensor: ...
 
@@ -43,7 +45,7 @@ class BatchedEngine:
     """See `pipelines.engine.Engine`. `kv_bytes` bounds the cache; deadlines are on `clock`.
 
     `kv_dtype` is what keys and values are kept as; None is what the model computes in, or half of that where it is on
-    kernels that round more than that anyway.
+    kernels that round more than that anyway. `compile`: the step is compiled in the background (`compiled`).
     """
 
     idle_s = 0.0
@@ -56,6 +58,7 @@ class BatchedEngine:
         max_running: int = 64,
         kv_bytes: int = 2**31,
         kv_dtype: torch.dtype | None = None,
+        compile: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         model.eval()
@@ -71,7 +74,8 @@ class BatchedEngine:
         self._forward: Forward
         try:
             slots = max_running + MAX_KEPT
-            self._forward = FlatModel(model, max_slots=slots, context=self.limits.context, kv_dtype=kv_dtype)
+            context = self.limits.context
+            self._forward = FlatModel(model, max_slots=slots, context=context, kv_dtype=kv_dtype, compile=compile)
         except Unsupported as why:
             self.why_not_fast = str(why)
             self._forward = CompatibleModel(model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine import Request, attention, native
+from pipelines.engine.compiled import Compiled
 from pipelines.engine.graphs import Graphs
 from pipelines.engine.scheduler import Chunk, Plan, Row
 from pipelines.engine.slots import SlotCache, Span, Unsupported
@@ -24,10 +25,9 @@ PROOF = ([3, 4, 5, 6, 7, 8, 9, 10, 11], [8, 9, 10, 11])  # prompts of unequal le
 class FlatModel:
     """Raises `Unsupported` for a model that cannot be run this way; it is as it was then.
 
-    `graphs`: whether steps that only decode are run as `graphs` does; None is on a GPU.
+    `graphs`: whether steps that only decode are run as `graphs` does; None is on a GPU. `compile`: whether a compiled
+    step is looked for, and made in the background where there is none.
     """
-
-    name = "fast"
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class FlatModel:
         context: int,
         kv_dtype: torch.dtype | None = None,
         graphs: bool | None = None,
+        compile: bool = False,
     ) -> None:
         self._model = model
         config = model.config.get_text_config()
@@ -47,6 +48,7 @@ class FlatModel:
         self.cache = SlotCache(config, max_slots=max_slots, context=context, dtype=kv_dtype, kernels=kernels)
         exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32) and not kernels
         self._graphs: Graphs | None = None
+        self._compiled: Compiled | None = None
         before = model.config._attn_implementation
         if before == attention.NAME:  # another engine has run it
             model.set_attn_implementation(before := "eager")
@@ -61,6 +63,12 @@ class FlatModel:
             self.cache.clear()
         if graphs if graphs is not None else model.device.type == "cuda":
             self._graphs = Graphs(self._logits, self.cache, model.device)
+        if compile:
+            self._compiled = Compiled(model, list(zip(PROOF, plain, strict=True)))
+
+    @property
+    def name(self) -> str:
+        return "fast, compiled" if self._compiled and self._compiled.poll() else "fast"
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Tensor:
@@ -70,17 +78,20 @@ class FlatModel:
             return self._graphs([row.tokens[-1] for row in plan.decode], [row.computed for row in plan.decode])
         tokens = [row.tokens[-1] for row in plan.decode]
         positions = [row.computed for row in plan.decode]
-        places, wanted = positions.copy(), list(range(len(tokens)))
+        wanted = list(range(len(tokens)))
         for chunk in plan.chunks:
             end = chunk.start + chunk.length
             tokens += chunk.row.tokens[chunk.start : end]
-            places += range(chunk.start, end)
             if chunk.last:
                 wanted.append(len(tokens) - 1)
         spans = [Span(chunk.slot, chunk.start, chunk.length) for chunk in plan.chunks]
         self.cache.begin(plan.first, positions, spans, device)
-        ids, at = torch.tensor([tokens], device=device), torch.tensor([places], device=device)
-        return self._logits(ids, at, torch.tensor(wanted, dtype=torch.long, device=device))
+        ids, kept = torch.tensor([tokens], device=device), torch.tensor(wanted, dtype=torch.long, device=device)
+        now, layers = self.cache.now, self.cache.layers
+        if self._compiled and layers[0].is_initialized and (step := self._compiled.poll()):
+            # Prompts too, and not only what decodes: a row's bits must not depend on whether a prompt is beside it.
+            return step(ids, now.all_positions, now.all_slots, kept, layers)
+        return self._logits(ids, now.all_positions[None], kept)
 
     def _logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | int = 0) -> Tensor:
         with attention.over(self.cache):

@@ -30,7 +30,7 @@ SOURCES = Path(__file__).parent / "kernels"
 VERSION = 1  # of the functions: `triptych_kernels` says the same
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
 # Triton's processes bring their own, which may be older than the compiler's.
-_WITHOUT_OTHERS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+WITHOUT_OTHERS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 _COMPILER_S = 300
 
 # The functions' arguments: p: a pointer, i: a whole number, f: a float
@@ -73,13 +73,13 @@ def place() -> Path:
 
     The compiler does not: its versions make the same functions, and where weights are served there may be none.
     """
-    told = hashlib.sha256("\0".join((*_OPTIONS, *_WITHOUT_OTHERS, _processor())).encode())
+    told = hashlib.sha256("\0".join((*_OPTIONS, *WITHOUT_OTHERS, processor())).encode())
     for source in sorted(SOURCES.iterdir()):
         told.update(source.read_bytes())
     return cache_dir() / "kernels" / f"{told.hexdigest()[:16]}.so"
 
 
-def _processor() -> str:
+def processor() -> str:
     """What it can do: a cache may be shared by machines, and these instructions end a process that lacks them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -102,7 +102,7 @@ def build() -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as work:
             fresh = Path(work) / library.name
-            command = [*compiler, *_OPTIONS, *_WITHOUT_OTHERS, *sources, "-o", str(fresh)]
+            command = [*compiler, *_OPTIONS, *WITHOUT_OTHERS, *sources, "-o", str(fresh)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_COMPILER_S)
             if done.returncode:
                 raise NoKernels(_first_error(done.stderr) or f"{compiler[0]} ended with status {done.returncode}")

@@ -75,6 +75,7 @@ class NativeEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.rows, weight.columns
         self.native = weight
+        self.factor = factor
         self._rows = kernels.rows
         codes, scale, base, gain = weight.pointers
         self._weight = (codes, scale, base, gain * factor, weight.bits, weight.groups, weight.rows)
@@ -117,18 +118,18 @@ class Joined:
     """
 
     def __init__(self, whole: NativeLinear, sizes: Sequence[int]) -> None:
-        self._whole, self._sizes = whole, list(sizes)
+        self.whole, self._sizes = whole, list(sizes)
         self._inputs: Tensor | None = None
         self._found: list[Tensor | None] = []
 
     @property
     def parts(self) -> list[JoinedPart]:
-        return [JoinedPart(self, at, self._whole.in_features, size) for at, size in enumerate(self._sizes)]
+        return [JoinedPart(self, at, self.whole.in_features, size) for at, size in enumerate(self._sizes)]
 
     def take(self, inputs: Tensor, at: int) -> Tensor:
         found = self._found[at] if inputs is self._inputs else None
         if found is None:
-            self._inputs, self._found = inputs, list(self._whole(inputs).split(self._sizes, -1))
+            self._inputs, self._found = inputs, list(self.whole(inputs).split(self._sizes, -1))
             found = self._found[at]
         assert found is not None
         self._found[at] = None  # once each: what nobody will ask for again is not kept
@@ -143,13 +144,13 @@ class JoinedPart(nn.Module):
     def __init__(self, joined: Joined, at: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.joined, self._at = joined, at
+        self.joined, self.at = joined, at
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.joined.take(inputs, self._at)
+        return self.joined.take(inputs, self.at)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, part {self._at}"
+        return f"{self.in_features}, {self.out_features}, part {self.at}"
 
 
 def _rows_of(inputs: Tensor, columns: int) -> Tensor:
