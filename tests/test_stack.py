@@ -6,16 +6,18 @@ import asyncio
 import json
 import math
 import queue
+import re
 import socket
 import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
 import openai
+import pydantic
 import pytest
 import tritonclient.grpc as triton_grpc
 from tokenizers import Tokenizer
@@ -174,6 +176,33 @@ def test_log_probabilities_of_a_model(client: Any) -> None:
         entry for chunk in chunks for choice in chunk.choices if choice.logprobs for entry in choice.logprobs.content
     ]
     assert [entry.token for entry in streamed] == [token.token for token in content]
+
+
+class Person(pydantic.BaseModel):
+    """With bounds, because a model this small would write on and on within one string."""
+
+    name: str = pydantic.Field(max_length=30)
+    age: int = pydantic.Field(ge=0, le=120)
+    likes: list[Literal["reading", "chess", "music"]] = pydantic.Field(max_length=3)
+
+
+def test_the_official_client_parses_a_structured_answer(client: Any) -> None:
+    messages = ask("Describe an invented person. Answer in JSON.")
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            model="smollm2-135m-instruct", messages=messages, response_format=Person, seed=seed, max_tokens=300
+        )
+        person = answer.choices[0].message.parsed
+        assert isinstance(person, Person)
+        assert 0 <= person.age <= 120
+
+
+def test_a_regular_expression_holds_the_answer(client: Any) -> None:
+    shape = {"type": "regex", "regex": "(yes|no), because [a-z ]{5,30}\\."}
+    answer = client.chat.completions.create(
+        model="smollm2-135m-instruct", messages=ask("Is Paris in France?"), response_format=shape, max_tokens=60
+    )
+    assert re.fullmatch(shape["regex"], answer.choices[0].message.content)
 
 
 def test_a_prompt_that_was_there_before_is_not_computed_again(client: Any) -> None:
