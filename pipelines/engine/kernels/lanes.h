@@ -50,6 +50,10 @@ inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats magnitude(Floats a) { return _mm512_abs_ps(a); }
+inline Floats largest_of_fours(Floats a) {  // in each of the four
+    const Floats pairs = larger(a, _mm512_permute_ps(a, 0xb1));
+    return larger(pairs, _mm512_permute_ps(pairs, 0x4e));
+}
 inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats power_of_two(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }
 inline Floats floats(Ints a) { return _mm512_cvtepi32_ps(a); }
@@ -60,6 +64,9 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
 inline Ints low_nibbles(Ints a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+inline Ints nibbles(Ints a, int32_t part) {  // the low ones of parts 0 … 3, the high ones of 4 … 7
+    return _mm512_and_si512(_mm512_srl_epi16(a, _mm_cvtsi32_si128(part & 4)), _mm512_set1_epi8(15));
+}
 
 // Codes are unsigned, as vpdpbusd takes them; what that adds, the code of zero times the inputs, is taken off first.
 template <int BITS>
@@ -138,6 +145,11 @@ inline Floats magnitude(Floats x) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+inline __m256 largest_of_fours(__m256 x) {
+    const __m256 pairs = _mm256_max_ps(x, _mm256_permute_ps(x, 0xb1));
+    return _mm256_max_ps(pairs, _mm256_permute_ps(pairs, 0x4e));
+}
+inline Floats largest_of_fours(Floats x) { return {largest_of_fours(x.a), largest_of_fours(x.b)}; }
 constexpr int ROUND = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Floats nearest(Floats x) { return {_mm256_round_ps(x.a, ROUND), _mm256_round_ps(x.b, ROUND)}; }
 inline __m256 power_part(__m256 x, __m256 whole) {  // of a normal number and a result that is one
@@ -172,6 +184,10 @@ inline Ints low_nibbles(Ints x) {
 }
 inline Ints high_nibbles(Ints x) {
     return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
+}
+inline Ints nibbles(Ints x, int32_t part) {
+    const __m128i by = _mm_cvtsi32_si128(part & 4);
+    return low_nibbles({_mm256_srl_epi16(x.a, by), _mm256_srl_epi16(x.b, by)});
 }
 
 // Pairs of products are 16-bit sums that saturate: 2 · 15 · 127 does not, 2 · 255 · 127 would, so that 8-bit codes
