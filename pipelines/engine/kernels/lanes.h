@@ -1,4 +1,4 @@
-// Sixteen numbers side by side, and work shared among threads: what the kernels are written in.
+// Sixteen numbers side by side: what the kernels are written in.
 //
 // Chosen when it is compiled, for the very machine (pipelines/engine/native.py): AVX-512 with VNNI, else AVX2.
 
@@ -9,10 +9,8 @@
 #endif
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -240,19 +238,6 @@ inline int32_t four(const int8_t* at) {
     int32_t found;
     std::memcpy(&found, at, 4);
     return found;
-}
-
-// Numbers 0 … count − 1 to `work`, on several threads. Each takes the next one when it is done with its last, so
-// that one that loses its core for a while holds up no more than the piece of work it has.
-template <typename Work>
-void share(int64_t count, int threads, const Work& work) {
-    if (threads <= 1 || count <= 1) {
-        for (int64_t at = 0; at < count; at++) work(at);
-        return;
-    }
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads((int)std::min<int64_t>(threads, count))
-    for (int64_t at; (at = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(at);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "crew.h"
 #include "lanes.h"
 
 namespace {
