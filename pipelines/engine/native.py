@@ -3,8 +3,7 @@
     python -m pipelines.engine.native
 
 builds them by hand. A model's start builds nothing, since it would wait for the compiler: it takes what is there, and
-without it goes without. Knows no weight and no torch, but that torch is loaded first: both then use its libgomp, and
-so one set of threads.
+without it goes without. Knows no weight and no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "kernels"
 VERSION = 1  # of the functions: `triptych_kernels` says the same
-_OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
+_OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
 # Triton's processes bring their own, which may be older than the compiler's.
 WITHOUT_OTHERS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 _COMPILER_S = 300

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "crew.h"
 #include "lanes.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// Sixteen numbers side by side, and work shared among threads: what the kernels are written in.
+// Sixteen numbers side by side: what the kernels are written in.
 //
 // Chosen when it is compiled, for the very machine (pipelines/engine/native.py): AVX-512 with VNNI, else AVX2.
 
@@ -9,10 +9,8 @@
 #endif
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -50,6 +48,10 @@ inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats magnitude(Floats a) { return _mm512_abs_ps(a); }
+inline Floats largest_of_fours(Floats a) {  // in each of the four
+    const Floats pairs = larger(a, _mm512_permute_ps(a, 0xb1));
+    return larger(pairs, _mm512_permute_ps(pairs, 0x4e));
+}
 inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats power_of_two(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }
 inline Floats floats(Ints a) { return _mm512_cvtepi32_ps(a); }
@@ -60,6 +62,9 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
 inline Ints low_nibbles(Ints a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+inline Ints nibbles(Ints a, int32_t part) {  // the low ones of parts 0 … 3, the high ones of 4 … 7
+    return _mm512_and_si512(_mm512_srl_epi16(a, _mm_cvtsi32_si128(part & 4)), _mm512_set1_epi8(15));
+}
 
 // Codes are unsigned, as vpdpbusd takes them; what that adds, the code of zero times the inputs, is taken off first.
 template <int BITS>
@@ -138,6 +143,11 @@ inline Floats magnitude(Floats x) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+inline __m256 largest_of_fours(__m256 x) {
+    const __m256 pairs = _mm256_max_ps(x, _mm256_permute_ps(x, 0xb1));
+    return _mm256_max_ps(pairs, _mm256_permute_ps(pairs, 0x4e));
+}
+inline Floats largest_of_fours(Floats x) { return {largest_of_fours(x.a), largest_of_fours(x.b)}; }
 constexpr int ROUND = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Floats nearest(Floats x) { return {_mm256_round_ps(x.a, ROUND), _mm256_round_ps(x.b, ROUND)}; }
 inline __m256 power_part(__m256 x, __m256 whole) {  // of a normal number and a result that is one
@@ -172,6 +182,10 @@ inline Ints low_nibbles(Ints x) {
 }
 inline Ints high_nibbles(Ints x) {
     return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
+}
+inline Ints nibbles(Ints x, int32_t part) {
+    const __m128i by = _mm_cvtsi32_si128(part & 4);
+    return low_nibbles({_mm256_srl_epi16(x.a, by), _mm256_srl_epi16(x.b, by)});
 }
 
 // Pairs of products are 16-bit sums that saturate: 2 · 15 · 127 does not, 2 · 255 · 127 would, so that 8-bit codes
@@ -224,19 +238,6 @@ inline int32_t four(const int8_t* at) {
     int32_t found;
     std::memcpy(&found, at, 4);
     return found;
-}
-
-// Numbers 0 … count − 1 to `work`, on several threads. Each takes the next one when it is done with its last, so
-// that one that loses its core for a while holds up no more than the piece of work it has.
-template <typename Work>
-void share(int64_t count, int threads, const Work& work) {
-    if (threads <= 1 || count <= 1) {
-        for (int64_t at = 0; at < count; at++) work(at);
-        return;
-    }
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads((int)std::min<int64_t>(threads, count))
-    for (int64_t at; (at = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(at);
 }
 
 }  // namespace

@@ -5,27 +5,46 @@
 
 #include <vector>
 
+#include "crew.h"
 #include "lanes.h"
 
 namespace {
 
 constexpr int64_t TALLEST = 16 * MOST_ROWS;  // rows of inputs that stay in the second cache
 
+// A few of a row's numbers are far larger than the others, and would take the scale of their group for themselves. Four
+// beside each other with one larger than this many times the mean of the groups' largest have two codes each: one with
+// a scale of its own, and in their group one of what that leaves. A quarter of the groups has one such four.
+constexpr float LARGE = 1.2f;
+constexpr int64_t MOST_LARGE = 7;  // for each group: fewer than 1 / LARGE of the groups have any, at most all 8 of theirs
+
+struct Four {
+    int32_t group, part;  // which of the group's four columns: 0 … 7
+    int32_t codes, sum;
+    float scale;
+};
+
 // Inputs as 8-bit codes: of each row and group the codes, the scale, their sum, and scale · sum. `tall` rows at a time,
-// group by group, so that a tile's rows are beside each other: one register points at all of them.
+// group by group, so that a tile's rows are beside each other: one register points at all of them. And each row's
+// large ones, whose part of scale · sum is in their group's.
 struct Inputs {
     int64_t groups, tall;
     std::vector<int8_t> codes;
     std::vector<float> scale, shifted;
     std::vector<int32_t> sums;
+    std::vector<Four> large;
+    std::vector<int32_t> larges;  // how many, of each row
 
     int64_t place(int64_t row, int64_t group) const { return (row / tall * groups + group) * tall + row % tall; }
+    const Four* large_of(int64_t row) const { return large.data() + row * groups * MOST_LARGE; }
 
     void resize(int64_t rows, int64_t of_groups) {
         groups = of_groups;
         tall = std::min(rows, TALLEST);
         const size_t count = (rows + tall - 1) / tall * tall * groups;
+        if (larges.size() < (size_t)rows) larges.resize(rows);
         if (scale.size() >= count) return;
+        large.resize(count * MOST_LARGE);
         codes.resize(count * GROUP);
         scale.resize(count);
         shifted.resize(count);
@@ -33,13 +52,52 @@ struct Inputs {
     }
 };
 
+// What is not above `limit` of two sixteens, as those above leave it: their codes go to `into`. Adds to `shifted`.
+int64_t take_large(Floats& a, Floats& b, float limit, int32_t group, Four* into, float& shifted) {
+    const Floats most_a = largest_of_fours(magnitude(a)), most_b = largest_of_fours(magnitude(b));
+    int8_t codes[GROUP];
+    float most[GROUP];
+    const auto split = [&](Floats& numbers, Floats of, int at) {
+        const Floats found = where_above(of, limit, nearest(multiply(numbers, divide(all(127.0f), of))));
+        numbers = fused(found, divide(of, all(-127.0f)), numbers);
+        store_as_bytes(codes + at, found);
+        store(most + at, of);
+    };
+    split(a, most_a, 0);
+    split(b, most_b, LANES);
+    int64_t count = 0;
+    for (int32_t part = 0; part < GROUP / 4; part++) {
+        if (!(most[4 * part] > limit)) continue;
+        const int8_t* at = codes + 4 * part;
+        const int32_t sum = at[0] + at[1] + at[2] + at[3];
+        const float scale = most[4 * part] / 127.0f;
+        into[count++] = {group, part, four(at), sum, scale};
+        shifted += scale * (float)sum;
+    }
+    return count;
+}
+
 void quantise_row(const float* from, int64_t row, Inputs& into) {
+    float total_most = 0.0f;
     for (int64_t group = 0; group < into.groups; group++) {
-        const int64_t place = into.place(row, group);
         const Floats a = load(from + group * GROUP), b = load(from + group * GROUP + LANES);
         const float most = largest(larger(magnitude(a), magnitude(b)));
+        into.scale[into.place(row, group)] = most;
+        total_most += most;
+    }
+    const float limit = LARGE * total_most / (float)into.groups;
+    Four* large = into.large.data() + row * into.groups * MOST_LARGE;
+    int64_t larges = 0;
+    for (int64_t group = 0; group < into.groups; group++) {
+        const int64_t place = into.place(row, group);
+        Floats a = load(from + group * GROUP), b = load(from + group * GROUP + LANES);
         // 0 · x is not 0 where x is no number, and then the product must not be one either: `largest` may not see it.
         const float broken = sum(multiply(add(a, b), all(0.0f)));
+        float most = into.scale[place], shifted = 0.0f;
+        if (most > limit && most > 1e-30f) {
+            larges += take_large(a, b, limit, (int32_t)group, large + larges, shifted);
+            most = largest(larger(magnitude(a), magnitude(b)));
+        }
         const bool some = most > 1e-30f;
         const Floats inverse = all(some ? 127.0f / most : 0.0f);
         const Floats codes_a = nearest(multiply(a, inverse)), codes_b = nearest(multiply(b, inverse));
@@ -48,9 +106,10 @@ void quantise_row(const float* from, int64_t row, Inputs& into) {
         store_as_bytes(codes + LANES, codes_b);
         const float scale = (some ? most / 127.0f : 0.0f) + broken, total = sum(add(codes_a, codes_b));
         into.scale[place] = scale;
-        into.shifted[place] = scale * total;
+        into.shifted[place] = scale * total + shifted;
         into.sums[place] = std::isfinite(total) ? (int32_t)total : 0;
     }
+    into.larges[row] = (int32_t)larges;
 }
 
 struct Product {
@@ -64,6 +123,32 @@ struct Product {
     float* out;
     int64_t stride;  // between rows of `out`
 };
+
+// One row's sums, and what its large inputs add, to `out`.
+template <int BITS, int BLOCKS>
+void finish(const Product& p, int64_t row, int64_t block, float (*found)[LANES]) {
+    constexpr int STEP = BITS * GROUP * LANES / 8;
+    Floats sums[BLOCKS];
+    for (int b = 0; b < BLOCKS; b++) sums[b] = load(found[b]);
+    const Four* large = p.inputs->large_of(row);
+    for (const Four* end = large + p.inputs->larges[row]; large < end; large++) {
+        const Floats scale = all(large->scale);
+        for (int b = 0; b < BLOCKS; b++) {
+            const int64_t place = (block + b) * p.groups + large->group;
+            const Ints stored = load_bytes(p.codes + place * STEP + large->part % BITS * 64);
+            const Ints codes = BITS == 4 ? nibbles(stored, large->part) : prepared<BITS>(stored);
+            const Ints dots = dot<BITS>(start<BITS>(large->sum), codes, large->codes);
+            sums[b] = fused(floats(dots), multiply(half(p.scale + place * LANES), scale), sums[b]);
+        }
+    }
+    for (int b = 0; b < BLOCKS; b++) {
+        const int64_t output = (block + b) * LANES, left = p.outputs - output;
+        store(found[b], multiply(sums[b], all(p.gain)));
+        if (p.bias)
+            for (int lane = 0; lane < LANES && lane < left; lane++) found[b][lane] += p.bias[output + lane];
+        std::memcpy(p.out + row * p.stride + output, found[b], sizeof(float) * std::min<int64_t>(left, LANES));
+    }
+}
 
 // Some rows of inputs by some blocks of the weight, all of whose sums are in registers.
 template <int BITS, bool BASE, int ROWS, int BLOCKS>
@@ -114,16 +199,11 @@ void tile(const Product& p, int64_t row, int64_t block) {
         }
         inputs += tall * GROUP, scales += tall, shifted += tall, totals += tall;
     }
-    for (int b = 0; b < BLOCKS; b++) {
-        const int64_t output = (block + b) * LANES, left = p.outputs - output;
-        for (int r = 0; r < ROWS; r++) {
-            float found[LANES];
-            store(found, multiply(sums[r][b], all(p.gain)));
-            if (p.bias)
-                for (int lane = 0; lane < LANES && lane < left; lane++) found[lane] += p.bias[output + lane];
-            std::memcpy(p.out + (row + r) * p.stride + output, found, sizeof(float) * std::min<int64_t>(left, LANES));
-        }
-    }
+    alignas(64) float found[ROWS][BLOCKS][LANES];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+        for (int b = 0; b < BLOCKS; b++) store(found[r][b], sums[r][b]);
+    for (int r = 0; r < ROWS; r++) finish<BITS, BLOCKS>(p, row + r, block, found[r]);
 }
 
 using Tile = void (*)(const Product&, int64_t, int64_t);

@@ -1,5 +1,6 @@
 // Root mean square norms. Plain C functions on plain pointers: knows no torch and no model.
 
+#include "crew.h"
 #include "lanes.h"
 
 extern "C" {
