@@ -249,6 +249,10 @@ class RunStream:
 
     def spell(self, token_id: int) -> bytes | None:
         entry = self._table[token_id]
+        if isinstance(entry, bytes) and self._cuts:  # a space written as a byte is cut from the start all the same
+            run, fill = self._run + entry, self._fill.encode()
+            cut = run == fill * (len(run) // len(fill)) and len(run) <= self._cuts * len(fill)
+            return b"" if cut else entry
         return _data(self._trim(entry)[0] if isinstance(entry, str) and not self._run else entry)
 
     def push(self, token_id: int) -> str:

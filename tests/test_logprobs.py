@@ -119,6 +119,14 @@ def test_an_entry_is_not_later_than_the_end_of_its_text(subject: Subject, data: 
         assert b"".join(bytes(entry.bytes or []) for entry in flat(texts[:count])).startswith(out)
 
 
+def test_a_space_written_as_a_byte_is_cut_from_the_start_as_any_other() -> None:
+    """`Strip` takes it from the text, so it is none of its entry's bytes: found by the test above."""
+    tokenizer = SYNTHETIC["llama"]()
+    texts = told(Postprocess.of(tokenizer), [[tokenizer.token_to_id("<0x20>"), tokenizer.token_to_id("a")]])
+    assert joined(texts) == "a"
+    assert [entry.bytes for entry in flat(texts)] == [[], [97]]
+
+
 def one(stage: Postprocess, ids: Sequence[int], **window: object) -> Text:
     logprobs = [Logprob(id, -1.0, []) for id in ids]
     fields = {"stop": [], "final": True, **window}

@@ -93,7 +93,7 @@ class Compiled:
     def _load(self) -> bool:
         """Whether there is a step now. One that is wrong is refused for good, and one that is broken is removed."""
         try:
-            step = Step(self._package, self._tensors, self._kernels, torch.get_num_threads())
+            step = Step(self._package, self._tensors, self._kernels, self._kernels.threads or torch.get_num_threads())
             off = self._off(step)
         except StepError as error:
             self._give_up(f"its package is broken: {error}")

@@ -7,17 +7,20 @@ is proved when it is loaded: what the slots give must be what the model gives wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pipelines.engine import Request, attention, native
-from pipelines.engine.compiled import Compiled
+from pipelines.engine import Request, attention
 from pipelines.engine.graphs import Graphs
 from pipelines.engine.scheduler import Chunk, Plan, Row
 from pipelines.engine.slots import SlotCache, Span, Unsupported
 from pipelines.sampling import Sampling
+
+if TYPE_CHECKING:
+    from pipelines.engine.compiled import Compiled
+    from pipelines.engine.native import Kernels
 
 PROOF = ([3, 4, 5, 6, 7, 8, 9, 10, 11], [8, 9, 10, 11])  # prompts of unequal length
 
@@ -44,7 +47,7 @@ class FlatModel:
         if not model._can_set_attn_implementation():
             raise Unsupported(f"{config.model_type} has attention of its own making")
         # A model on kernels has attention by them too: a row then has the same bits alone, in a batch or in a chunk.
-        kernels = native.load() if rounds_inputs(model) else None
+        kernels = _kernels_alone() if rounds_inputs(model) else None
         self.cache = SlotCache(config, max_slots=max_slots, context=context, dtype=kv_dtype, kernels=kernels)
         exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32) and not kernels
         self._graphs: Graphs | None = None
@@ -64,6 +67,8 @@ class FlatModel:
         if graphs if graphs is not None else model.device.type == "cuda":
             self._graphs = Graphs(self._logits, self.cache, model.device)
         if compile:
+            from pipelines.engine.compiled import Compiled  # not needed where nothing is compiled, as on a GPU
+
             self._compiled = Compiled(model, list(zip(PROOF, plain, strict=True)))
 
     @property
@@ -142,3 +147,18 @@ class FlatModel:
 def rounds_inputs(model: Any) -> bool:
     """Whether its linear layers are on kernels that round their inputs (`swap`): small differences grow."""
     return bool(getattr(model, "rounds_inputs", False))
+
+
+def _kernels_alone() -> Kernels | None:
+    """The kernels, with torch's threads as their own.
+
+    What torch is left to do is too little to share, and its threads wait in loops: where another process ran on one of
+    two cores a step of 16 rows took 402 ms with them and 43 without (docs/engine-log.md).
+    """
+    from pipelines.engine import native
+
+    kernels = native.load()
+    if kernels and not kernels.threads:
+        kernels.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+    return kernels

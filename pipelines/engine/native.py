@@ -47,7 +47,12 @@ class NoKernels(Exception):
 
 
 class Kernels:
-    """The functions of the library, as `kernels/*.cpp` describe them. Pointers are integers (`Tensor.data_ptr`)."""
+    """The functions of the library, as `kernels/*.cpp` describe them. Pointers are integers (`Tensor.data_ptr`).
+
+    `threads` is how many compute, the caller included; 0 is as many as torch has.
+    """
+
+    threads = 0
 
     def __init__(self, path: Path) -> None:
         self.path = path

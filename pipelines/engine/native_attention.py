@@ -7,10 +7,13 @@ model.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from pipelines.engine.native import Kernels
+if TYPE_CHECKING:
+    from pipelines.engine.native import Kernels
 
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -48,6 +51,6 @@ def attend(
         *(keys.data_ptr(), values.data_ptr()),
         *(_KINDS[keys.dtype], keys.stride(0), keys.stride(1), keys.stride(2)),
         *(slots.data_ptr(), positions.data_ptr(), rows, heads, keys.shape[1], dim, window, scale, softcap),
-        *(out.data_ptr(), torch.get_num_threads()),
+        *(out.data_ptr(), kernels.threads or torch.get_num_threads()),
     )
     return out

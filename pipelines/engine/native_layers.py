@@ -54,7 +54,7 @@ class NativeLinear(nn.Module):
         # Attributes and not buffers: `model.to` must not convert them, and 210 layers look them up at each step.
         self.native = weight
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self._product = kernels.linear
+        self._kernels, self._product = kernels, kernels.linear
         added = None if self.bias is None else self.bias.data_ptr()
         self._weight = (*weight.pointers, added, weight.bits, weight.groups, weight.rows)
 
@@ -62,7 +62,7 @@ class NativeLinear(nn.Module):
         flat = _rows_of(inputs, self.in_features)
         out = torch.empty((*inputs.shape[:-1], self.out_features))
         at, stride, into = flat.data_ptr(), flat.stride(0), out.data_ptr()
-        self._product(at, len(flat), stride, *self._weight, into, self.out_features, torch.get_num_threads())
+        self._product(at, len(flat), stride, *self._weight, into, self.out_features, _threads(self._kernels))
         return out
 
     def extra_repr(self) -> str:
@@ -77,14 +77,14 @@ class NativeEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.rows, weight.columns
         self.native = weight
         self.factor = factor
-        self._rows = kernels.rows
+        self._kernels, self._rows = kernels, kernels.rows
         codes, scale, base, gain = weight.pointers
         self._weight = (codes, scale, base, gain * factor, weight.bits, weight.groups, weight.rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         wanted = ids.to(torch.int64).contiguous()
         out = torch.empty((*ids.shape, self.embedding_dim))
-        if self._rows(wanted.data_ptr(), wanted.numel(), *self._weight, out.data_ptr(), torch.get_num_threads()):
+        if self._rows(wanted.data_ptr(), wanted.numel(), *self._weight, out.data_ptr(), _threads(self._kernels)):
             raise IndexError(f"token ids must be from 0 to {self.num_embeddings - 1}")
         return out
 
@@ -98,14 +98,14 @@ class NativeNorm(nn.Module):
     def __init__(self, kernels: Kernels, weight: nn.Parameter, *, epsilon: float, added: float) -> None:
         super().__init__()
         self.weight, self.epsilon, self.added = weight, epsilon, added
-        self._norm, self._width = kernels.rms_norm, weight.shape[0]
+        self._kernels, self._norm, self._width = kernels, kernels.rms_norm, weight.shape[0]
         self._read = weight.detach().float().contiguous()  # the same memory, which so outlives the parameter
         self._weight = (self._read.data_ptr(), added, epsilon, self._width)
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat, out = _rows_of(inputs, self._width), torch.empty(inputs.shape)
-        into, threads = out.data_ptr(), torch.get_num_threads()
-        self._norm(flat.data_ptr(), len(flat), flat.stride(0), *self._weight, into, threads)
+        into = out.data_ptr()
+        self._norm(flat.data_ptr(), len(flat), flat.stride(0), *self._weight, into, _threads(self._kernels))
         return out
 
     def extra_repr(self) -> str:
@@ -185,3 +185,7 @@ def _by_block(scales: Array) -> Array:
 def _aligned(array: Array) -> Tensor:
     """In memory of torch's, which begins at a cache line; numpy's does not."""
     return torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype).copy_(torch.from_numpy(array))
+
+
+def _threads(kernels: Kernels) -> int:
+    return kernels.threads or torch.get_num_threads()

@@ -13,13 +13,14 @@ import ctypes
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pipelines.engine.native import Kernels
+if TYPE_CHECKING:
+    from pipelines.engine.native import Kernels
 
 FIRST_LENGTH = 256
 _LIBC = ctypes.CDLL(None, use_errno=True)
