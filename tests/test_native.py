@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pipelines.engine import native, swap
 from pipelines.engine.batched import BatchedEngine
-from pipelines.engine.codes import GROUP, codes, quantised
+from pipelines.engine.codes import GROUP, Codes, codes, quantised
 from pipelines.engine.native import NoKernels
 from pipelines.engine.native_attention import attend
 from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeWeight
@@ -55,26 +55,16 @@ def inputs(count, columns=COLUMNS, seed=0):
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(x):
-    """As the kernels round inputs: 8 bits with a scale for every 32, but first for every 4 that has a large one."""
-    groups = x.reshape(len(x), -1, GROUP // 4, 4)
-    largest = groups.abs().amax(-1, keepdim=True)
-    large = largest > 1.2 * largest.amax(2, keepdim=True).mean(1, keepdim=True)
-    first = steps(groups, largest) * large
-    rest = groups.double() - first
-    return (first + steps(rest, rest.abs().amax((2, 3), keepdim=True))).reshape(x.shape)
-
-
-def steps(numbers, largest):
-    scale = largest.double().clamp_min(1e-30) / 127
-    return (numbers.double() / scale).round() * scale
-
-
 def product(x, weight):
-    return rounded(x) @ torch.from_numpy(weight).double().t()
+    return x.double() @ torch.from_numpy(weight).double().t()
 
 
-def assert_close(found, wanted, within=1e-4):
+def steps(x):
+    """How far the kernels may round each input: 16 bits, with a scale for every 32."""
+    return (x.double().unflatten(-1, (-1, GROUP)).abs().amax(-1) / 32767 / 2).repeat_interleave(GROUP, -1)
+
+
+def assert_close(found, wanted, within):
     assert float((found.double() - wanted).norm() / wanted.norm()) < within
 
 
@@ -85,8 +75,9 @@ def test_it_is_a_linear_layer_of_what_gguf_dequantises(kernels, kind):
     for count in COUNTS:
         found = layer(inputs(count)[None])
         assert found.shape == (1, count, ROWS)
-        # A base that is no float16 is rounded to one: Q4_K's is a product of two.
-        assert_close(found[0], product(inputs(count), dequantize(rows, kind)), 1e-3)
+        # Measured 2e-5, and 2e-4 where the base is no float16 and is rounded to one.
+        within = 5e-4 if kind in (Kind.Q4_1, Kind.Q4_K) else 5e-5
+        assert_close(found[0], product(inputs(count), dequantize(rows, kind)), within)
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,9 +95,9 @@ def test_any_shape_and_size_of_weights(kernels, bits, rows, groups, count, seed,
     layer, x, bias = NativeWeight(made), inputs(count, groups * GROUP, seed), torch.randn(rows) * size
     found = NativeLinear(kernels, layer, bias=bias)(x)
     wanted = product(x, numbers(made)) + bias
-    # A sum in float32, of terms that may cancel out: the 8-bit codes' are as large as the base times all inputs.
-    terms = rounded(x).abs() @ torch.from_numpy(np.abs(numbers(made))).double().t() + bias.abs()
-    assert bool(((found - wanted).abs() <= 1e-5 * terms).all())
+    # The inputs' rounding, and that of a sum in float32, of terms that may cancel out.
+    within = product(steps(x) + 1e-5 * x.abs(), np.abs(numbers(made))) + 1e-5 * bias.abs()
+    assert bool(((found - wanted).abs() <= within).all())
     assert torch.equal(NativeLinear(kernels, layer, bias=bias)(x[-1:])[0], found[-1])
 
 
@@ -117,6 +108,16 @@ def as_float16(made):
         return (numbers.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
     return made._replace(scale=shorter(made.scale), base=shorter(made.base))
+
+
+@pytest.mark.parametrize(("bits", "extremes"), [(4, (-8, 7)), (8, (-128, 127))])
+def test_the_largest_sums_of_integers_overflow_nothing(kernels, bits, extremes):
+    ones, none = np.ones((ROWS, COLUMNS // GROUP), np.float32), np.zeros((ROWS, COLUMNS // GROUP), np.float32)
+    for value in extremes:
+        weight = NativeWeight(Codes(bits, np.full((*ones.shape, GROUP), value, np.int8), ones, none))
+        for sign in (1, -1):
+            found = NativeLinear(kernels, weight)(torch.full((3, COLUMNS), float(sign)))
+            torch.testing.assert_close(found, torch.full((3, ROWS), float(sign * value * COLUMNS)), rtol=1e-6, atol=0)
 
 
 def test_a_row_has_the_same_bits_alone_and_beside_others(kernels):
@@ -382,7 +383,8 @@ def test_a_gguf_model_on_the_kernels_is_the_dequantised_one(name, kind, tmp_path
     assert type(model.get_input_embeddings()) is NativeEmbedding
     assert swap.linears_of(plain)
     ids = prompt(20)
-    assert error(logits(model, ids), logits(plain, ids)) < 0.05
+    # Measured 0.0001, and of Q5_1 0.03: that becomes 8-bit codes, so that its weights are rounded.
+    assert error(logits(model, ids), logits(plain, ids)) < (0.05 if kind is Kind.Q5_1 else 5e-4)
     assert len(answer(engine(model), prompt(5), greedy(5))[0]) == 5
 
 
@@ -400,8 +402,8 @@ def test_safetensors_are_quantised_when_asked(name, bits, tmp_path):
     model, _ = load(tmp_path, quantize=f"int{bits}")
     assert not swap.linears_of(model)
     assert type(model.get_input_embeddings()) is (NativeEmbedding if tied else torch.nn.Embedding)
-    # Measured 0.04, the rounding of inputs: small layers do that less evenly than large ones.
-    assert error(logits(model, ids), logits(plain, ids)) < 0.08
+    # Measured 0.001, the rounding of scales to float16.
+    assert error(logits(model, ids), logits(plain, ids)) < 0.003
     assert error(logits(model, ids), before) > 0
 
 
@@ -431,9 +433,9 @@ TEXTS = [
 
 
 @pytest.mark.usefixtures("loaded_kernels")
-@pytest.mark.parametrize("home", ["smollm2_home", "gemma3_home"])
-def test_a_real_model_is_as_near_its_dequantised_one_as_bfloat16(home, request):
-    """Measured in docs/engine-log.md."""
+@pytest.mark.parametrize(("home", "within"), [("smollm2_home", 4e-4), ("gemma3_home", 0.01)])
+def test_a_real_model_is_nearer_its_dequantised_one_than_bfloat16(home, within, request):
+    """Measured in docs/engine-log.md. Some of Gemma's weights are Q6_K, rounded to 8-bit codes."""
     folder = request.getfixturevalue(home)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -443,11 +445,9 @@ def test_a_real_model_is_as_near_its_dequantised_one_as_bfloat16(home, request):
         return torch.cat([logits(model, tokenizer(text)["input_ids"]) for text in TEXTS])
 
     plain, brief, own = found(dtype="float32"), found(dtype="bfloat16"), found()
-    print(f"own {error(own, plain):.4f}, bfloat16 {error(brief, plain):.4f}")
-    assert error(own, plain) <= error(brief, plain)
+    assert error(own, plain) < min(within, error(brief, plain))
     as_likely = [int((each.argmax(-1) == plain.argmax(-1)).sum()) for each in (own, brief)]
-    print(f"likeliest the same: own {as_likely[0]}, bfloat16 {as_likely[1]} of {len(plain)}")
-    assert as_likely[0] >= as_likely[1] - 1
+    assert as_likely[0] >= max(as_likely[1] - 1, 0.98 * len(plain))
 
 
 def test_without_a_compiler_it_goes_without(tmp_path, monkeypatch, caplog):
@@ -503,14 +503,15 @@ def test_without_avx2_there_are_none(tmp_path, monkeypatch):
         native.build()
 
 
-QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.mark.usefixtures("loaded_kernels")
 def test_smollm2_on_the_kernels_knows_the_capital_of_france(smollm2_home):
+    """Of the first token float32's logits are 25.33 and 25.24: with inputs of 8 bits the answer began with an L."""
     model, limits = load(smollm2_home)
     tokenizer = AutoTokenizer.from_pretrained(smollm2_home)
-    ids = tokenizer(QUESTION)["input_ids"]
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
     tokens, finished = answer(BatchedEngine(model, limits), ids, greedy(30))
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of France is Paris."
     assert finished == "stop"

@@ -1,8 +1,7 @@
 """Layers on the native kernels: linear and embedding, on codes as `pipelines.engine.codes` has them.
 
-float32 in and out; inputs are rounded to 8 bits with a scale for every 32, and the few large ones to twice as many. A
-row of the output has the same bits whatever rows are beside it. Knows products; does not know which layers are swapped
-(`weights`).
+float32 in and out; inputs are rounded to 16 bits with a scale for every 32, weights not at all. A row of the output has
+the same bits whatever rows are beside it. Knows products; does not know which layers are swapped (`weights`).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ constexpr int LANES = 16;  // weight rows computed side by side: a block
 #if WIDE
 
 using Floats = __m512;
-using Ints = __m512i;  // sixteen, or the 64 bytes of four columns of sixteen rows
+using Ints = __m512i;  // sixteen, or 32 of 16 bits, or 64 bytes
 
 inline Floats all(float value) { return _mm512_set1_ps(value); }
 inline Ints all(int32_t value) { return _mm512_set1_epi32(value); }
@@ -55,30 +55,8 @@ inline Floats largest_of_fours(Floats a) {  // in each of the four
 inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats power_of_two(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }
 inline Floats floats(Ints a) { return _mm512_cvtepi32_ps(a); }
-inline void store_as_bytes(int8_t* at, Floats a) {
-    _mm_storeu_si128((__m128i*)at, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
-}
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
-inline Ints low_nibbles(Ints a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-inline Ints high_nibbles(Ints a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
-inline Ints nibbles(Ints a, int32_t part) {  // the low ones of parts 0 … 3, the high ones of 4 … 7
-    return _mm512_and_si512(_mm512_srl_epi16(a, _mm_cvtsi32_si128(part & 4)), _mm512_set1_epi8(15));
-}
-
-// Codes are unsigned, as vpdpbusd takes them; what that adds, the code of zero times the inputs, is taken off first.
-template <int BITS>
-inline Ints start(int32_t inputs) {
-    return all(-(BITS == 4 ? 8 : 128) * inputs);
-}
-template <int BITS>
-inline Ints prepared(Ints codes) {
-    return codes;
-}
-template <int BITS>
-inline Ints dot(Ints sums, Ints codes, int32_t four_inputs) {
-    return _mm512_dpbusd_epi32(sums, codes, all(four_inputs));
-}
 
 // The sums of sixteen vectors.
 inline Floats sums_of(const Floats* each) {
@@ -101,8 +79,6 @@ inline Floats where_above(Floats of, float limit, Floats value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(of, all(limit), _CMP_NLE_UQ), value);
 }
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
-
-constexpr int MOST_ROWS = 6, MOST_BLOCKS = 2;  // of 32 registers 24 are sums
 
 #else
 
@@ -158,12 +134,6 @@ inline Floats power_of_two(Floats x, Floats whole) {
     return {power_part(x.a, whole.a), power_part(x.b, whole.b)};
 }
 inline Floats floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-inline void store_as_bytes(int8_t* at, Floats x) {
-    const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
-    const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xd8);
-    _mm_storeu_si128((__m128i*)at,
-                     _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
-}
 inline float sum(Floats x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -175,42 +145,6 @@ inline float largest(Floats x) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
-inline Ints low_nibbles(Ints x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
-}
-inline Ints high_nibbles(Ints x) {
-    return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
-}
-inline Ints nibbles(Ints x, int32_t part) {
-    const __m128i by = _mm_cvtsi32_si128(part & 4);
-    return low_nibbles({_mm256_srl_epi16(x.a, by), _mm256_srl_epi16(x.b, by)});
-}
-
-// Pairs of products are 16-bit sums that saturate: 2 · 15 · 127 does not, 2 · 255 · 127 would, so that 8-bit codes
-// are made signed and their signs moved to the inputs: 2 · 128 · 127 does not either.
-template <int BITS>
-inline Ints start(int32_t inputs) {
-    return all(BITS == 4 ? -8 * inputs : 0);
-}
-template <int BITS>
-inline Ints prepared(Ints codes) {
-    if (BITS == 4) return codes;
-    const __m256i zero = _mm256_set1_epi8((char)0x80);
-    return {_mm256_xor_si256(codes.a, zero), _mm256_xor_si256(codes.b, zero)};
-}
-template <int BITS>
-inline __m256i dot_part(__m256i sums, __m256i codes, __m256i inputs) {
-    const __m256i pairs = BITS == 4
-                              ? _mm256_maddubs_epi16(codes, inputs)
-                              : _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(inputs, codes));
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-template <int BITS>
-inline Ints dot(Ints sums, Ints codes, int32_t four_inputs) {
-    const __m256i inputs = _mm256_set1_epi32(four_inputs);
-    return {dot_part<BITS>(sums.a, codes.a, inputs), dot_part<BITS>(sums.b, codes.b, inputs)};
 }
 
 inline __m256 sums_of_eight(const Floats* each) {
@@ -230,14 +164,6 @@ inline Floats where_above(Floats of, float limit, Floats value) {
 }
 inline Floats smaller(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 
-constexpr int MOST_ROWS = 3, MOST_BLOCKS = 1;  // a block is two of 16 registers
-
 #endif
-
-inline int32_t four(const int8_t* at) {
-    int32_t found;
-    std::memcpy(&found, at, 4);
-    return found;
-}
 
 }  // namespace
