@@ -53,7 +53,7 @@ class Handlers:
             assert home is not None
             model, found = load(Path(home), dtype=dtype, device=device)
             limits = Limits(context=found.context, eos_ids=frozenset())  # no answer ends by itself
-        self._engine = BatchedEngine(model, limits, max_running=streams, **room)
+        self._engine = BatchedEngine(model, limits, max_running=streams, compile=not shape, **room)
         return {**info, "load_s": time.perf_counter() - started}
 
     def copy_bandwidth(self, device: str) -> float:
