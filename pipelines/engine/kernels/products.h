@@ -21,8 +21,10 @@ inline Ints nibbles(Ints a) {
     const Ints shifted = _mm512_srli_epi16(a, 4 * AT);
     return AT == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
 }
-inline Ints dot(Ints sums, Ints codes, int32_t two_inputs) {
-    return _mm512_dpwssd_epi32(sums, codes, all(two_inputs));
+// Written out: the compiler would load the two inputs into a register first, for another instruction each.
+inline Ints dot(Ints sums, Ints codes, const int16_t* two_inputs) {
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*(const int32_t*)two_inputs));
+    return sums;
 }
 inline __m256i as_words(Floats a) { return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)); }
 
@@ -41,8 +43,10 @@ inline Ints nibbles(Ints x) {
     const __m256i mask = _mm256_set1_epi16(15);
     return AT == 3 ? shifted : Ints{_mm256_and_si256(shifted.a, mask), _mm256_and_si256(shifted.b, mask)};
 }
-inline Ints dot(Ints sums, Ints codes, int32_t two_inputs) {
-    const __m256i inputs = _mm256_set1_epi32(two_inputs);
+inline Ints dot(Ints sums, Ints codes, const int16_t* two_inputs) {
+    int32_t both;
+    std::memcpy(&both, two_inputs, 4);
+    const __m256i inputs = _mm256_set1_epi32(both);
     return {_mm256_add_epi32(sums.a, _mm256_madd_epi16(codes.a, inputs)),
             _mm256_add_epi32(sums.b, _mm256_madd_epi16(codes.b, inputs))};
 }
@@ -53,12 +57,6 @@ inline __m256i as_words(Floats x) {
 constexpr int MOST_ROWS = 3;  // a block is two of 16 registers
 
 #endif
-
-inline int32_t two(const int16_t* at) {
-    int32_t found;
-    std::memcpy(&found, at, 4);
-    return found;
-}
 
 constexpr int64_t TALLEST = 12 * MOST_ROWS;  // rows of inputs that stay in the second cache
 
@@ -146,7 +144,7 @@ void tile(const Product& p, int64_t row, int64_t block) {
         Ints dots[ROWS];
         for (int r = 0; r < ROWS; r++) dots[r] = all(start[r]);
         const auto take = [&](Ints pairs, int column) {
-            for (int r = 0; r < ROWS; r++) dots[r] = dot(dots[r], pairs, two(inputs + r * GROUP + column));
+            for (int r = 0; r < ROWS; r++) dots[r] = dot(dots[r], pairs, inputs + r * GROUP + column);
         };
 #pragma GCC unroll 8
         for (int part = 0; part < BITS; part++) {
