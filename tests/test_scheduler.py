@@ -309,3 +309,13 @@ def test_rows_that_wait_can_leave():
     driver.drain()
     assert "".join(driver.ended) == "bac"
     assert driver.ended["b"].tokens == prompt(3)
+
+
+def test_beside_many_rows_a_chunk_is_as_many_tokens():
+    driver = Driver(max_running=64)
+    for number in range(BESIDE + 8):
+        driver.submit(str(number), [number, *prompt(3)], 50)
+    driver.step()
+    driver.submit("long", prompt(500, 1), 3)
+    plan = driver.step()
+    assert len(plan.decode) == sum(chunk.length for chunk in plan.chunks) == BESIDE + 8

@@ -81,6 +81,8 @@ class BatchedEngine:
             self._forward = CompatibleModel(model)
         fast = not self.why_not_fast
         self._scheduler = Scheduler(self._forward, capacity, max_running, share=fast, chunked=fast)
+        if rounds_inputs(model):  # on kernels few tokens cost little, and 8 more double the step of one row
+            self._scheduler.beside = 8
         if model.device.type != "cpu":  # hundreds of tokens more are hardly a longer step, and memory is taken whole
             self._scheduler.beside, self._scheduler.alone = 512, 8192
             self._scheduler.charge = by_rectangle

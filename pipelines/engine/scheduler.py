@@ -26,6 +26,7 @@ from pipelines.engine import Request
 Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 # Prompt tokens a step takes in: beside rows that decode, which get a token each step all the same, and when none does.
+# Beside many rows it is as many as they are: so much longer is a step for it, and no more.
 BESIDE = 32
 ALONE = 512
 LEAST_SHARED = 16  # a shorter common beginning is computed again: copying it is no cheaper
@@ -192,7 +193,8 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step. Whoever carries it out calls `computed` for what was computed."""
         self._make_room()
-        budget = self.beside if any(row.decodes for row in self.running) else self.alone
+        decoding = sum(1 for row in self.running if row.decodes)
+        budget = max(self.beside, decoding) if decoding else self.alone
         if self.waiting:
             self._admit(budget - sum(row.pending for row in self.running if not row.decodes))
         decoding = self._arrange()
