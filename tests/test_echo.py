@@ -229,3 +229,21 @@ def test_what_it_cannot_do_is_an_error_and_not_dropped(fields):
 def test_an_end_comes_after_min_tokens_or_never():
     assert answer([5, 6], Sampling(min_tokens=5)) == ([5, 6, 5, 6, 5, EOS], "stop")
     assert answer([5, 6], Sampling(ignore_eos=True), context=6) == ([5, 6, 5, 6], "length")
+
+
+def test_the_lowest_priority_number_goes_first_and_a_deadline_ends_whoever_runs_or_waits():
+    clock = Clock()
+    driven = engine(max_running=1, tokens_per_s=10, clock=clock)
+    driven.submit(Request("runs", [5, 6], Sampling(max_tokens=50), deadline=clock.now + 2))
+    driven.step()
+    driven.submit(Request("later", [5, 6], Sampling(max_tokens=1), priority=1))
+    driven.submit(Request("late", [5, 6], Sampling(max_tokens=1), deadline=clock.now + 0.05))
+    driven.submit(Request("first", [5, 6], Sampling(max_tokens=1), priority=-1))
+    assert driven.idle_s == pytest.approx(0.05)
+    clock.now += 1
+    assert [(output.id, output.finish_reason) for output in driven.step()] == [("late", "timeout"), ("runs", "")]
+    clock.now += 1
+    outputs = [(output.id, output.finish_reason) for output in driven.step()]
+    assert outputs == [("runs", "timeout"), ("first", "length")]
+    assert [output.id for output in driven.step()] == ["later"]
+    assert (driven.counters.finished, driven.counters.cancelled) == (4, 0)

@@ -7,10 +7,10 @@ what works on the scores of other tokens ends with an error.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain, cycle, islice
 
 from pipelines.engine import Counters, Limits, Logprob, Output, Request
 from pipelines.sampling import Sampling
@@ -32,11 +32,11 @@ class _Stream:
         if wanted is None and not sampling.ignore_eos:  # once through, then the end as a model would say it
             length = max(len(prompt), sampling.min_tokens) if prompt else 0
             end = sorted(limits.eos_ids)[:1]
-            self.tokens = chain(islice(cycle(prompt), length), end)
+            self.tokens = itertools.chain(itertools.islice(itertools.cycle(prompt), length), end)
             length += len(end)
             self.left, self.ending = min(length, room), "stop" if length <= room else "length"
         else:
-            self.tokens = cycle(prompt)
+            self.tokens = itertools.cycle(prompt)
             self.left, self.ending = min(room if wanted is None else wanted, room) if prompt else 0, "length"
         self.id = request.id
         self.stops_at = request.stops_at
@@ -49,7 +49,7 @@ class _Stream:
         """The next `count` tokens, or as many as there are before an end."""
         if not self.plain:
             return self._watched(count)
-        token_ids = list(islice(self.tokens, count if count < self.left else self.left))
+        token_ids = list(itertools.islice(self.tokens, count if count < self.left else self.left))
         self.left -= len(token_ids)
         return Output(self.id, token_ids, "" if self.left else self.ending)
 
@@ -58,7 +58,7 @@ class _Stream:
         if self.impossible:
             output.finish_reason, output.error = "error", self.impossible
             return output
-        for token_id in islice(self.tokens, min(count, self.left)):
+        for token_id in itertools.islice(self.tokens, min(count, self.left)):
             output.token_ids.append(token_id)
             if self.wants_logprobs:
                 output.logprobs.append(Logprob(token_id, 0.0, [(token_id, 0.0)] * self.top))
@@ -104,9 +104,11 @@ class EchoEngine:
         self.max_running = max_running
         self.counters = Counters()
         self._clock = clock
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[tuple[int, int, Request]] = []  # a heap: by priority, then as they came
+        self._numbers = itertools.count()
         self._running: list[_Stream] = []
         self._cancelled: set[str] = set()
+        self._deadlines: dict[str, float] = {}
         self._in_flight: set[str] = set()
         self._looked_at = float("-inf")
 
@@ -114,7 +116,9 @@ class EchoEngine:
         if request.id in self._in_flight:
             raise ValueError(f"a request {request.id!r} is in flight already")
         self._in_flight.add(request.id)
-        self._waiting.append(request)
+        if request.deadline is not None:
+            self._deadlines[request.id] = request.deadline
+        heapq.heappush(self._waiting, (request.priority, next(self._numbers), request))
         self.counters.waiting += 1
 
     def cancel(self, request_id: str) -> None:
@@ -133,11 +137,12 @@ class EchoEngine:
         if self._waiting and len(self._running) < self.max_running:
             return 0.0
         soonest = min(stream.due_at for stream in self._running)
-        return max(0.0, max(soonest, self._looked_at + _TICK_S) - self._clock())
+        due = min([max(soonest, self._looked_at + _TICK_S), *self._deadlines.values()])
+        return max(0.0, due - self._clock())
 
     def step(self) -> list[Output]:
         """Admit, then one token for each running request, or with a pace all that are due by now."""
-        outputs = self._drop_cancelled() if self._cancelled else []
+        outputs = self._leave() if self._cancelled or self._deadlines else []
         if self._waiting:
             self._admit()
         given = self._paced() if self.tokens_per_s else [stream.take(1) for stream in self._running]
@@ -162,7 +167,7 @@ class EchoEngine:
     def _admit(self) -> None:
         now = self._clock()
         while self._waiting and len(self._running) < self.max_running:
-            request = self._waiting.popleft()
+            _, _, request = heapq.heappop(self._waiting)
             self._running.append(_Stream(request, self.limits, now))
             self.counters.prompt_tokens += len(request.input_ids)
         self._count()
@@ -171,17 +176,28 @@ class EchoEngine:
         if ended:
             self.counters.finished += len(ended)
             self._running = [stream for stream in self._running if stream.id not in ended]
-            self._in_flight -= ended
-            self._count()
+            self._forget(ended)
 
-    def _drop_cancelled(self) -> list[Output]:
-        gone, self._cancelled = self._cancelled, set()
-        self._running = [stream for stream in self._running if stream.id not in gone]
-        self._waiting = deque(request for request in self._waiting if request.id not in gone)
-        self._in_flight -= gone
+    def _leave(self) -> list[Output]:
+        """Those that are cancelled or too late."""
+        gone, self._cancelled, now = self._cancelled, set(), self._clock()
+        late = {request_id for request_id, deadline in self._deadlines.items() if deadline <= now} - gone
+        if not gone and not late:
+            return []
+        self._running = [stream for stream in self._running if stream.id not in gone | late]
+        self._waiting = [place for place in self._waiting if place[2].id not in gone | late]
+        heapq.heapify(self._waiting)
         self.counters.cancelled += len(gone)
+        self.counters.finished += len(late)
+        self._forget(gone | late)
+        ends = [(gone, "cancelled"), (late, "timeout")]
+        return [Output(request_id, [], reason) for ids, reason in ends for request_id in sorted(ids)]
+
+    def _forget(self, ended: set[str]) -> None:
+        self._in_flight -= ended
+        for request_id in ended & self._deadlines.keys():
+            del self._deadlines[request_id]
         self._count()
-        return [Output(request_id, [], "cancelled") for request_id in sorted(gone)]
 
     def _count(self) -> None:
         self.counters.running, self.counters.waiting = len(self._running), len(self._waiting)
