@@ -12,6 +12,7 @@ from pipelines.engine.scheduler import (
     MAX_KEPT,
     Row,
     Scheduler,
+    as_many,
     by_position,
     by_rectangle,
 )
@@ -319,3 +320,8 @@ def test_beside_many_rows_a_chunk_is_as_many_tokens():
     driver.submit("long", prompt(500, 1), 3)
     plan = driver.step()
     assert len(plan.decode) == sum(chunk.length for chunk in plan.chunks) == BESIDE + 8
+
+
+def test_on_the_kernels_prompt_and_rows_fill_whole_tiles():
+    assert [as_many(rows) for rows in (1, 3, 4, 5, 8, 16, 17)] == [7, 5, 4, 11, 8, 16, 23]
+    assert all((rows + as_many(rows)) % 8 == 0 and rows <= as_many(rows) for rows in range(1, 100))

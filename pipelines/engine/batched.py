@@ -19,7 +19,7 @@ from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.compatible import CompatibleModel
 from pipelines.engine.flat import FlatModel, rounds_inputs
 from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
-from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, by_rectangle
+from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, as_many, by_rectangle
 from pipelines.engine.slots import Unsupported, position_bytes
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,10 @@ class BatchedEngine:
             self._forward = CompatibleModel(model)
         fast = not self.why_not_fast
         self._scheduler = Scheduler(self._forward, capacity, max_running, share=fast, chunked=fast)
-        if rounds_inputs(model):  # on kernels few tokens cost little, and 8 more double the step of one row
-            self._scheduler.beside = 8
+        if rounds_inputs(model):  # a step on the kernels is about as long as it has tokens, elsewhere few cost nothing
+            self._scheduler.beside = as_many
         if model.device.type != "cpu":  # hundreds of tokens more are hardly a longer step, and memory is taken whole
-            self._scheduler.beside, self._scheduler.alone = 512, 8192
+            self._scheduler.beside, self._scheduler.alone = lambda decoding: max(512, decoding), 8192
             self._scheduler.charge = by_rectangle
         self._clock = clock
         self._numbers = itertools.count()

@@ -25,10 +25,9 @@ from pipelines.engine import Request
 
 Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
-# Prompt tokens a step takes in: beside rows that decode, which get a token each step all the same, and when none does.
-# Beside many rows it is as many as they are: so much longer is a step for it, and no more.
-BESIDE = 32
-ALONE = 512
+ALONE = 512  # prompt tokens a step takes in when nobody decodes
+BESIDE = 32  # and beside rows that decode, which get a token each step all the same
+TILE = 8  # rows that the kernels compute together
 LEAST_SHARED = 16  # a shorter common beginning is computed again: copying it is no cheaper
 MAX_KEPT = 32  # ended rows whose slots are kept
 GRAIN = 64  # positions that room is counted in
@@ -140,6 +139,16 @@ def by_rectangle(lengths: Sequence[int]) -> int:
     return len(lengths) * by_position([max(lengths, default=0)])
 
 
+def as_many(decoding: int) -> int:
+    """Prompt tokens beside so many rows: as many again, and what fills the last tile. The step is twice as long."""
+    return -(-2 * decoding // TILE) * TILE - decoding
+
+
+def some(decoding: int) -> int:
+    """Prompt tokens beside so many rows where a few more cost little."""
+    return max(BESIDE, decoding)
+
+
 @dataclass
 class Scheduler:
     """`capacity` is in positions. Without `share` nothing is kept or copied; without `chunked` prompts come whole."""
@@ -149,7 +158,7 @@ class Scheduler:
     max_running: int
     share: bool = True
     chunked: bool = True
-    beside: int = BESIDE
+    beside: Callable[[int], int] = some
     alone: int = ALONE
     charge: Callable[[Sequence[int]], int] = by_position
     running: list[Row] = field(default_factory=list)
@@ -194,7 +203,7 @@ class Scheduler:
         """The next step. Whoever carries it out calls `computed` for what was computed."""
         self._make_room()
         decoding = sum(1 for row in self.running if row.decodes)
-        budget = max(self.beside, decoding) if decoding else self.alone
+        budget = self.beside(decoding) if decoding else self.alone
         if self.waiting:
             self._admit(budget - sum(row.pending for row in self.running if not row.decodes))
         decoding = self._arrange()
