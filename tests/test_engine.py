@@ -1,10 +1,12 @@
 """The transformers engine: it must answer as `model.generate` does, whatever runs beside, and survive what fails."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines.engine import Limits, Request, batched, native
+from pipelines.engine import Limits, Request, attention, batched, native
 from pipelines.engine import slots as slots_module
 from pipelines.engine.batched import BatchedEngine
 from pipelines.engine.limits import read_limits
@@ -137,6 +139,14 @@ def test_why_a_model_is_not_run_the_fast_way_is_said():
     assert engine("mamba").way == "compatible: mamba has layers that slots cannot cache: linear_attention"
     assert engine("bloom").way == "compatible: bloom has attention of its own making"
     assert engine("gpt_oss").way == "compatible: its attention takes s_aux"
+
+
+def test_what_a_model_hands_on_unset_is_no_reason():
+    """The compiled step, which asks the same, once refused every mixture of experts for a false flag."""
+    layer = SimpleNamespace(window=None)
+    assert not attention.why_not(layer, None, None, {"output_router_logits": False, "s_aux": None, "dropout": 0.0})
+    assert attention.why_not(layer, None, None, {"s_aux": torch.ones(2), "b": True}) == "its attention takes b, s_aux"
+    assert "masks" in attention.why_not(layer, None, 6, {})
 
 
 def test_a_model_that_answers_differently_as_a_batch_is_not_run_as_one():

@@ -8,7 +8,7 @@ scheduler; models whose attention needs more (sinks, biases) are `Unsupported`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,10 +51,8 @@ def attend(
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `key` and `value` are in the cache already."""
     cache: SlotCache = _local.cache
     layer: SlotLayer = cache.layers[module.layer_idx]
-    if attention_mask is not None or layer.window != sliding_window:
-        raise Unsupported("its masks are of its own making")
-    if extra := sorted(name for name, given in others.items() if name not in _HARMLESS and not _unset(given)):
-        raise Unsupported(f"its attention takes {', '.join(extra)}")
+    if reason := why_not(layer, attention_mask, sliding_window, others):
+        raise Unsupported(reason)
     now = cache.now
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.kernels is not None:
@@ -84,9 +82,14 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
-def _unset(given: Any) -> bool:
-    """Models hand on all they were called with, like a false `output_router_logits`."""
-    return given is None or given is False
+def why_not(layer: Any, mask: Tensor | None, sliding_window: int | None, others: Mapping[str, Any]) -> str:
+    """Why attention over slots cannot do what a model asks of it; empty if it can. A layer has its `window`."""
+    if mask is not None or layer.window != sliding_window:
+        return "its masks are of its own making"
+    # Models hand on all they were called with, like a false `output_router_logits`.
+    asked = (name for name, given in others.items() if given is not None and given is not False)
+    extra = sorted(name for name in asked if name not in _HARMLESS)
+    return f"its attention takes {', '.join(extra)}" if extra else ""
 
 
 def _decode(query: Tensor, layer: SlotLayer, scale: float, softcap: float | None) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipelines.engine.attention import why_not
 from pipelines.engine.native_layers import Joined, JoinedPart, NativeEmbedding, NativeLinear, NativeNorm
 from pipelines.engine.slots import layer_windows
 
 NAME = "triptych_step"
-_HARMLESS = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "is_causal", "output_attentions"})
 
 _library = torch.library.Library("triptych", "FRAGMENT")  # type: ignore[no-untyped-call]
 _define: Callable[[str], None] = _library.define
@@ -247,10 +247,8 @@ def _attend(
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]."""
     cache = _Cache.traced
     layer = cache.layers[module.layer_idx]
-    if attention_mask is not None or layer.window != sliding_window:
-        raise Untraceable("its masks are of its own making")
-    if extra := sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS):
-        raise Untraceable(f"its attention takes {', '.join(extra)}")
+    if reason := why_not(layer, attention_mask, sliding_window, others):
+        raise Untraceable(reason)
     if key.shape != value.shape:
         raise Untraceable("its keys and values differ in size")
     found = torch.ops.triptych.step_attend(
