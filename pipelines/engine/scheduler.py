@@ -57,6 +57,7 @@ class Row:
     finish_reason: str = ""
     error: str = ""
     draw: Any = None  # the engine's: how its tokens are drawn
+    given: Any = None  # the engine's: what the model is given of its pictures
     ids: Ids = field(init=False)  # what it comes with, by identity: its tokens when it was last put in the queue
 
     def __post_init__(self) -> None:
