@@ -193,8 +193,9 @@ def test_rounded_steps_know_what_is_behind_a_picture(system):
     flat = driven._forward
     rounded = FlatModel(flat._model, max_slots=8, context=1024, graphs=True, sample=Sample(ids, features))
     driven._forward = driven._scheduler.cache = rounded
-    driven.submit(system.request("one", *CASES["one"]))
-    assert drain(driven)[0] == {"one": system.wanted(*CASES["one"])}
+    for name in ("one", "another"):
+        driven.submit(system.request(name, *CASES[name]))
+    assert drain(driven)[0] == {name: system.wanted(*CASES[name]) for name in ("one", "another")}
 
 
 def test_a_wrong_sample_is_found_when_it_is_loaded(tmp_path, monkeypatch):

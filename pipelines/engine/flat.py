@@ -79,7 +79,7 @@ class FlatModel:
         finally:
             self.cache.clear()
         if graphs if graphs is not None else model.device.type == "cuda":
-            self._graphs = Graphs(self._logits, self.cache, model.device)
+            self._graphs = Graphs(self._told, self.cache, model.device)
         if compile and not self._sight and not self.cache.shares:  # what is compiled knows neither
             from pipelines.engine.compiled import Compiled  # not needed where nothing is compiled, as on a GPU
 
@@ -97,7 +97,7 @@ class FlatModel:
         positions = [row.computed for row in plan.decode]
         places = [row.computed + _ahead(row) for row in plan.decode]
         if self._graphs is not None and plan.decode and not plan.chunks and not plan.first:
-            return self._graphs(tokens, positions, [place + self._offset for place in places])
+            return self._graphs(tokens, positions, places)
         wanted = list(range(len(tokens)))
         pieces = []
         for chunk in plan.chunks:
@@ -117,24 +117,21 @@ class FlatModel:
         if self._compiled and layers[0].is_initialized and (step := self._compiled.poll()):
             # Prompts too, and not only what decodes: a row's bits must not depend on whether a prompt is beside it.
             return step(ids, now.all_positions, now.all_slots, kept, layers)
-        if self._sight is None:
-            return self._logits(ids, now.all_positions[None], kept)
-        logits = self._seeing(ids, torch.tensor(places, device=device), pieces, kept)
+        told = torch.tensor([places], device=device) if self._sight else now.all_positions[None]
+        logits = self._told(ids, told, kept, pieces)
         for chunk in plan.chunks:
             if chunk.last and chunk.row.given:
                 chunk.row.given = chunk.row.given.spent()
         return logits
 
-    @property
-    def _offset(self) -> int:
-        return self._sight.offset if self._sight else 0
-
-    def _seeing(self, ids: Tensor, places: Tensor, pieces: Sequence[Piece], wanted: Tensor) -> Tensor:
-        assert self._sight is not None
+    def _told(self, ids: Tensor, places: Tensor, wanted: Tensor | int = 0, pieces: Sequence[Piece] = ()) -> Tensor:
+        """The logits of a flat pass whose tokens the model is told to be at these places, [1, tokens]."""
+        if self._sight is None:
+            return self._logits(ids, places, wanted)
         with self._sight.laid(pieces):
-            return self._logits(ids, self._sight.positions(places, pieces), wanted)
+            return self._logits(ids, self._sight.positions(places[0], pieces), wanted)
 
-    def _logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | int = 0) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | int) -> Tensor:
         with attention.over(self.cache):
             logits: Tensor = self._caller(
                 input_ids=ids,

@@ -68,8 +68,8 @@ class Graphs:
         return graph.logits[: len(tokens)]
 
     def _made(self, rows: int) -> _Graph:
-        ids, *others = (torch.zeros(rows, dtype=torch.long, device=self._device) for _ in range(4))
-        return _Graph(ids[None], *others, torch.empty(0), lambda: None)
+        ids, positions, places, slots = (torch.zeros(rows, dtype=torch.long, device=self._device) for _ in range(4))
+        return _Graph(ids[None], positions, places, slots, torch.empty(0), lambda: None)
 
     def _fill(self, target: Tensor, values: Sequence[int]) -> None:
         source = torch.tensor(values, dtype=torch.long)

@@ -178,8 +178,8 @@ class Sight:
         return kwargs
 
     def _scattered(self, mask: str, values: str, pieces: Sequence[Piece], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        ids = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        where = torch.zeros(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        like: Tensor = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        where = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
         for piece in pieces:
             end = piece.start + piece.length
             where[0, piece.at : piece.at + piece.length] = piece.given.scattered[mask][0][piece.start : end]

@@ -157,7 +157,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Whether some layers have none of their own."""
         return len(set(self.sources)) < len(self.sources)
 
-    def read_by(self, layer: int) -> SlotLayer:
+    def read_by(self, layer: Any) -> SlotLayer:
         """What this layer attends over."""
         found: SlotLayer = self.layers[self.sources[layer]]
         return found
