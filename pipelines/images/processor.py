@@ -41,24 +41,24 @@ class Processor:
     image_token: str
 
     @classmethod
-    def load(cls, home: Path, *, trust_remote_code: bool = False) -> Processor:
+    def load(cls, home: Path) -> Processor:
         """From a prepared folder; a ValueError says what it lacks."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         kind = _without_absent(_kind(home))
         parts = {
-            "image_processor": lambda: AutoImageProcessor.from_pretrained(home, backend="pil", **trust),
-            "tokenizer": lambda: AutoTokenizer.from_pretrained(home, **trust),
+            "image_processor": lambda: AutoImageProcessor.from_pretrained(home, backend="pil", local_files_only=True),
+            "tokenizer": lambda: AutoTokenizer.from_pretrained(home, local_files_only=True),
         }
+        if not parts.keys() <= set(kind.get_attributes()):
+            raise ValueError(f"{kind.__name__} takes no pictures beside text")
         settings, _ = kind.get_processor_dict(home, local_files_only=True)
         own = kind.from_args_and_dict([parts.get(name, _absent)() for name in kind.get_attributes()], settings)
-        if getattr(own, "image_processor", None) is None or getattr(own, "tokenizer", None) is None:
-            raise ValueError(f"{kind.__name__} takes no pictures and text together")
         processor = cls(own, getattr(own, "image_token", None) or "")
         # The first call leaves the tokenizer as all others want it, who may then come from several threads: to
         # change a tokenizer while another thread uses it is an error.
         processor.run("a", [])
+        _ = processor.least_side  # takes a while: no request shall wait for it
         return processor
 
     @cached_property
@@ -93,7 +93,7 @@ class Processor:
         try:
             given = self._called(rendered, pictures)
         except ValueError as error:  # a processor's own way of refusing
-            raise StageError(f"The model cannot take these pictures: {error}.", param=param) from None
+            raise StageError(f"The model's processor refuses this: {error}", param=param) from None
         ids: list[int] = given["input_ids"][0].tolist()
         if not pictures:
             return ids, None
@@ -145,14 +145,24 @@ class Processor:
         places, shares = self._places(given, ids)
         if not len(places):
             raise RuntimeError(f"{type(self.own).__name__} does not say which tokens stand for pictures")
-        numbers = [_number(picture) for picture in pictures]
+        numbers = self._numbers(given, pictures)
         if len(shares) != len(numbers) or sum(shares) != len(places):
             # Which place is whose cannot be told, so each stands for all.
-            numbers, shares = [_combined(numbers)], [len(places)]
+            numbers, shares = [_negative(repr(numbers).encode())], [len(places)]
         identity = ids.astype(np.int64)
         identity[places] = np.repeat(np.array(numbers, dtype=np.int64), shares)
         numbered: list[int] = identity.tolist()
         return numbered
+
+    def _numbers(self, given: Any, pictures: Sequence[Image.Image]) -> list[int]:
+        """One for each picture: of its pixels, or of what the model sees of it, whichever is less to read."""
+        seen = given["pixel_values"]
+        if self.least_side is None or len(seen) != len(pictures):
+            return [_number(picture) for picture in pictures]
+        return [
+            _number(picture) if 3 * picture.width * picture.height <= row.nbytes else _negative(_bytes(row))
+            for picture, row in zip(pictures, seen, strict=True)
+        ]
 
     def _places(self, given: Any, ids: NDArray[np.int64]) -> tuple[NDArray[np.intp], list[int]]:
         """Where tokens stand for pictures, and how many of these are each picture's, in order."""
@@ -170,18 +180,19 @@ class Processor:
 
 
 def _number(picture: Image.Image) -> int:
-    """Negative, and the same for the same pixels only."""
-    digest = hashlib.sha256(repr((picture.mode, picture.size)).encode())
-    digest.update(picture.tobytes())
-    return _negative(digest.digest())
+    return _negative(repr((picture.mode, picture.size)).encode(), picture.tobytes())
 
 
-def _combined(numbers: Sequence[int]) -> int:
-    return _negative(hashlib.sha256(repr(numbers).encode()).digest())
+def _negative(*data: bytes | memoryview) -> int:
+    """The same for the same data only."""
+    digest = hashlib.sha256()
+    for piece in data:
+        digest.update(piece)
+    return int.from_bytes(digest.digest()[:8], "little") | -(2**63)
 
 
-def _negative(digest: bytes) -> int:
-    return int.from_bytes(digest[:8], "little") | -(2**63)
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).data.cast("B")
 
 
 def _absent() -> None:
@@ -191,12 +202,13 @@ def _absent() -> None:
 def _kind(home: Path) -> Any:
     """The processor's class: the one that the folder's files name, else that of the model's type."""
     import transformers
+    from transformers import ProcessorMixin
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     named = (_read(home / file).get("processor_class") for file in _FILES)
     name = next(filter(None, named), None) or PROCESSOR_MAPPING_NAMES.get(_read(home / "config.json").get("model_type"))
     kind = getattr(transformers, str(name), None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, ProcessorMixin)):
         raise ValueError(f"{home} has no processor of pictures that transformers knows ({name or 'none is named'})")
     return kind
 
