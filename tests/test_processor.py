@@ -178,6 +178,20 @@ def test_what_a_processor_refuses_is_the_users_message(homes, processors):
     assert refused.value.param == "messages[0]"
 
 
+def test_a_word_for_a_picture_that_is_not_the_token_it_becomes(homes, tmp_path):
+    """As in Gemma 3, whose templates write where a picture begins."""
+    copy_with(homes["gemma3n"], tmp_path, "processor_config.json", processor_class="Gemma3Processor")
+    copy_with(homes["gemma3n"], tmp_path, "preprocessor_config.json", image_processor_type="Gemma3ImageProcessor")
+    processor = Processor.load(tmp_path)
+    assert processor.image_token == "<start_of_image>"
+    assert set(processor.reserved) >= {"<start_of_image>", "<image_soft_token>"}
+    ids, features = processor.run("a <start_of_image> b <start_of_image>", pictures(2))
+    stands = [number for number in features.identity if number < 0]
+    assert len(stands) == ids.count(processor.own.image_token_ids[0]) == 8
+    assert stands[0] != stands[4]
+    assert stands == [stands[0]] * 4 + [stands[4]] * 4
+
+
 class Older(Processor):
     """As processors are that do not say which picture became which words."""
 

@@ -25,6 +25,7 @@ from pipelines.images.features import Features
 MAX_ASPECT = 100
 _OVERSAMPLING = 2  # of a side, before a model's own resizing, that loses nothing
 _FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_PLAIN = {"padding": False, "truncation": False}  # whatever a tokenizer's files say
 _NOT_FEATURES = ("input_ids", "attention_mask", "text_replacement_offsets")
 _WRITTEN_PLACES = "image_embeds_position_mask"  # where a processor that writes a picture's place says it has
 
@@ -54,10 +55,10 @@ class Processor:
             raise ValueError(f"{kind.__name__} takes no pictures beside text")
         settings, _ = kind.get_processor_dict(home, local_files_only=True)
         own = kind.from_args_and_dict([parts.get(name, _absent)() for name in kind.get_attributes()], settings)
-        processor = cls(own, getattr(own, "image_token", None) or "")
         # The first call leaves the tokenizer as all others want it, who may then come from several threads: to
         # change a tokenizer while another thread uses it is an error.
-        processor.run("a", [])
+        own.tokenizer(["a"], **_PLAIN)
+        processor = cls(own, getattr(own, "image_token", None) or "")
         _ = processor.least_side  # takes a while: no request shall wait for it
         return processor
 
@@ -65,7 +66,15 @@ class Processor:
     def reserved(self) -> tuple[str, ...]:
         """What no text of a user may hold, for it would be taken for a picture (or a video, or a sound)."""
         names = ("image_token", "video_token", "audio_token", *(() if self.image_token else ("boi_token", "eoi_token")))
-        return tuple(filter(None, (getattr(self.own, name, None) for name in names)))
+        words = [getattr(self.own, name, None) for name in names]
+        return tuple(dict.fromkeys(word for word in [*words, *self._stand_ins] if word))
+
+    @cached_property
+    def _stand_ins(self) -> list[str]:
+        """The tokens that the model replaces by what it sees; most processors' `image_token` is the only one."""
+        ids = [token_id for token_id in self.own.image_token_ids if token_id is not None]
+        words: list[str] = self.own.tokenizer.convert_ids_to_tokens(ids)
+        return words
 
     @cached_property
     def least_side(self) -> int | None:
@@ -120,22 +129,15 @@ class Processor:
                 param=param,
             )
         for picture in pictures:
-            if max(picture.size) > MAX_ASPECT * min(picture.size):
-                width, height = picture.size
-                raise StageError(
-                    f"A picture of {width}x{height} pixels is too long: its longer side may be {MAX_ASPECT} times "
-                    "the shorter.",
-                    param=param,
-                )
+            check_shape(picture.size, param=param)
 
     def _called(self, rendered: str, pictures: Sequence[Image.Image]) -> Any:
-        text: dict[str, object] = {"padding": False, "truncation": False}  # whatever the tokenizer's files say
         if not self.image_token:  # the processor writes all that is special
-            return self.own(images=[*pictures] or None, text=[rendered], text_kwargs=text, return_tensors="np")
+            return self.own(images=[*pictures] or None, text=[rendered], text_kwargs=_PLAIN, return_tensors="np")
         return self.own(
             images=[*pictures] or None,
             text=[rendered],
-            text_kwargs=text | {"add_special_tokens": False},
+            text_kwargs=_PLAIN | {"add_special_tokens": False},
             return_text_replacement_offsets=True,
             return_tensors="np",
         )
@@ -156,7 +158,7 @@ class Processor:
 
     def _numbers(self, given: Any, pictures: Sequence[Image.Image]) -> list[int]:
         """One for each picture: of its pixels, or of what the model sees of it, whichever is less to read."""
-        seen = given["pixel_values"]
+        seen = given.get("pixel_values", ())
         if self.least_side is None or len(seen) != len(pictures):
             return [_number(picture) for picture in pictures]
         return [
@@ -172,11 +174,21 @@ class Processor:
         # transformers checks that the ids have as many of these as the text.
         places = np.flatnonzero(np.isin(ids, self.own.image_token_ids))
         replaced = given.get("text_replacement_offsets", [[]])[0]
-        return places, [each["replacement"].count(self.image_token) for each in replaced]
+        return places, [sum(map(each["replacement"].count, self._stand_ins)) for each in replaced]
 
     def _seen(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The shape of what the model sees of a picture."""
         return np.shape(self.own.image_processor([Image.new("RGB", size)], return_tensors="np")["pixel_values"])
+
+
+def check_shape(size: tuple[int, int], *, param: str) -> None:
+    """That a picture's longer side is not too long for the shorter; a StageError names `param`."""
+    if max(size) > MAX_ASPECT * min(size):
+        raise StageError(
+            f"A picture of {size[0]}x{size[1]} pixels is too long: its longer side may be {MAX_ASPECT} times the "
+            "shorter.",
+            param=param,
+        )
 
 
 def _number(picture: Image.Image) -> int:
@@ -209,7 +221,8 @@ def _kind(home: Path) -> Any:
     name = next(filter(None, named), None) or PROCESSOR_MAPPING_NAMES.get(_read(home / "config.json").get("model_type"))
     kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, ProcessorMixin)):
-        raise ValueError(f"{home} has no processor of pictures that transformers knows ({name or 'none is named'})")
+        found = f"{name} is none, or needs torchvision" if name else "none is named"
+        raise ValueError(f"{home} has no processor of pictures that transformers can load here: {found}")
     return kind
 
 
