@@ -84,6 +84,7 @@ FAST = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)),
+    "gemma3n": lambda: Gemma3nForCausalLM(Gemma3nTextConfig(**GEMMA3N)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, **CAPPED)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **ENDLESS)),
@@ -96,7 +97,6 @@ FAST = {
 COMPATIBLE = {
     "mamba": lambda: MambaForCausalLM(MambaConfig(**SMALL, num_hidden_layers=2, state_size=4)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(**SMALL, n_layer=2, n_head=4)),
-    "gemma3n": lambda: Gemma3nForCausalLM(Gemma3nTextConfig(**GEMMA3N)),
     "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**GEMMA, **EXPERTS, num_local_experts=4)),
     "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES | EXPERTS | LINEAR, num_experts=4)),
 }
@@ -114,5 +114,7 @@ def prompt(length, seed=0):
 
 def reference(model, input_ids, count):
     """What the model's own `generate` answers, greedily."""
-    found = model.generate(torch.tensor([input_ids]), do_sample=False, max_new_tokens=count, pad_token_id=0)
+    ids = torch.tensor([input_ids])
+    every = torch.ones_like(ids)  # else a 0 among them, which a model may have generated, is taken for padding
+    found = model.generate(ids, attention_mask=every, do_sample=False, max_new_tokens=count, pad_token_id=0)
     return found[0, len(input_ids) :].tolist()

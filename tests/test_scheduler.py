@@ -44,9 +44,7 @@ class Driver:
 
     def __init__(self, *, capacity=10_000, max_running=4, share=True, chunked=True, charge=by_position):
         self.cache = Lists()
-        self.scheduler = Scheduler(
-            self.cache, capacity, max_running, share=share, chunked=chunked, charge=charge
-        )
+        self.scheduler = Scheduler(self.cache, capacity, max_running, share=share, chunked=chunked, charge=charge)
         self.number = 0
         self.ended = {}
 
@@ -138,9 +136,7 @@ ARRIVALS = st.lists(
     chunked=st.booleans(),
     rectangle=st.booleans(),
 )
-def test_all_end_as_they_would_alone_and_the_limits_hold(
-    arrivals, capacity, max_running, share, chunked, rectangle
-):
+def test_all_end_as_they_would_alone_and_the_limits_hold(arrivals, capacity, max_running, share, chunked, rectangle):
     driver = Driver(
         capacity=capacity,
         max_running=max_running,
@@ -325,3 +321,21 @@ def test_beside_many_rows_a_chunk_is_as_many_tokens():
 def test_on_the_kernels_prompt_and_rows_fill_whole_tiles():
     assert [as_many(rows) for rows in (1, 3, 4, 5, 8, 16, 17)] == [7, 5, 4, 11, 8, 16, 23]
     assert all((rows + as_many(rows)) % 8 == 0 and rows <= as_many(rows) for rows in range(1, 100))
+
+
+def test_a_prompt_is_shared_by_identity_not_by_its_ids():
+    """Two pictures stand as the same placeholder tokens: what was computed of one is not the other's beginning."""
+    prompt = [1] * 20 + [9] * 20 + [2] * 10
+    scheduler = Scheduler(Lists(), 1000, 4)
+    rows = []
+    for number, picture in enumerate([-5, -5, -6]):
+        identity = [1] * 20 + [picture] * 20 + [2] * 10
+        request = Request(str(number), prompt, Sampling(), identity=identity)
+        rows.append(Row(request, (0, number), list(prompt), 50))
+        scheduler.submit(rows[-1])
+        while scheduler.waiting or any(not row.decodes for row in scheduler.running):
+            plan = scheduler.plan()
+            plan.advance()
+            for row in plan.sampled:
+                row.tokens.append(3)
+    assert [row.cached_tokens for row in rows] == [0, 49, 20]

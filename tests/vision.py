@@ -72,6 +72,16 @@ EYES = {
     "patch_size": 14,
     "initializer_range": 0.2,
 }
+QWEN_EYES = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "initializer_range": 0.2,
+}
 CLIP = {
     "image_processor_type": "CLIPImageProcessor",
     "do_resize": True,
@@ -263,20 +273,10 @@ def _smolvlm(ids, vocabulary):
 
 
 def _qwen3_vl(ids, vocabulary):
-    eyes = {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-        "initializer_range": 0.2,
-    }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(
-            vision_config=Qwen3VLVisionConfig(**eyes),
+            vision_config=Qwen3VLVisionConfig(**QWEN_EYES),
             text_config=Qwen3VLTextConfig(**TEXT, vocab_size=vocabulary, rope_parameters=rope),
             image_token_id=ids("<|image_pad|>"),
             video_token_id=ids("<|video_pad|>"),
@@ -343,11 +343,11 @@ def _kosmos2(ids, vocabulary):
         "bos_token_id": 0,
         "eos_token_id": None,
     }
-    return Kosmos2ForConditionalGeneration(
-        Kosmos2Config(
-            text_config=Kosmos2TextConfig(**text), vision_config=Kosmos2VisionConfig(**EYES), tie_word_embeddings=False
-        )
-    )
+    halves = {"text_config": Kosmos2TextConfig(**text), "vision_config": Kosmos2VisionConfig(**EYES)}
+    model = Kosmos2ForConditionalGeneration(Kosmos2Config(**halves, tie_word_embeddings=False))
+    with torch.no_grad():  # what it sees is brought to length one: else all pictures are nearly the same
+        model.image_to_text_projection.dense.weight *= 10
+    return model
 
 
 _BEGIN = ["<start_of_image>", "<start_of_audio>"]

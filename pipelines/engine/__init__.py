@@ -12,7 +12,7 @@ calls `submit`, `cancel` and `step`; `pipelines.generate` owns that thread. Ten 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -21,6 +21,7 @@ import numpy as np
 from pipelines.sampling import Sampling
 
 Bits: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Request:
     """One prompt to continue. `stops_at` is told each new token, says whether a stop string is complete.
 
     Of those that wait the lowest `priority` is first. At `deadline`, on the engine's clock, it ends with `timeout`.
+    `features` are what the model takes besides ids: its pictures, by the names that it has for them. `identity` is one
+    number a token of the prompt, by which beginnings are compared: the ids say nothing of what is in a picture.
     """
 
     id: str
@@ -59,6 +62,8 @@ class Request:
     constraint: Constraint | None = None
     priority: int = 0
     deadline: float | None = None
+    features: Mapping[str, Array] | None = None
+    identity: Sequence[int] | None = None
 
 
 class Logprob(NamedTuple):

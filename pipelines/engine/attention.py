@@ -49,8 +49,11 @@ def attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, dim] to [1, tokens, heads, dim]. `key` and `value` are in the cache already."""
-    cache: SlotCache = _local.cache
-    layer: SlotLayer = cache.layers[module.layer_idx]
+    cache: SlotCache | None = getattr(_local, "cache", None)
+    if cache is None:  # not in a pass: layers that look at pictures and are configured as those that read text
+        found = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+        return found.transpose(1, 2), None
+    layer = cache.read_by(module.layer_idx)
     if reason := why_not(layer, attention_mask, sliding_window, others):
         raise Unsupported(reason)
     now = cache.now

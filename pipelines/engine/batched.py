@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.compatible import CompatibleModel
-from pipelines.engine.flat import FlatModel, rounds_inputs
+from pipelines.engine.flat import FlatModel, Sample, rounds_inputs
 from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
 from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, as_many, by_rectangle
 from pipelines.engine.slots import Unsupported, position_bytes
@@ -45,7 +45,8 @@ class BatchedEngine:
     """See `pipelines.engine.Engine`. `kv_bytes` bounds the cache; deadlines are on `clock`.
 
     `kv_dtype` is what keys and values are kept as; None is what the model computes in, or half of that where it is on
-    kernels that round more than that anyway. `compile`: the step is compiled in the background (`compiled`).
+    kernels that round more than that anyway. `compile`: the step is compiled in the background (`compiled`). `sample`
+    is what a model that takes pictures is proved with.
     """
 
     idle_s = 0.0
@@ -59,6 +60,7 @@ class BatchedEngine:
         kv_bytes: int = 2**31,
         kv_dtype: torch.dtype | None = None,
         compile: bool = False,
+        sample: Sample | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         model.eval()
@@ -75,7 +77,9 @@ class BatchedEngine:
         try:
             slots = max_running + MAX_KEPT
             context = self.limits.context
-            self._forward = FlatModel(model, max_slots=slots, context=context, kv_dtype=kv_dtype, compile=compile)
+            self._forward = FlatModel(
+                model, max_slots=slots, context=context, kv_dtype=kv_dtype, compile=compile, sample=sample
+            )
         except Unsupported as why:
             self.why_not_fast = str(why)
             self._forward = CompatibleModel(model)

@@ -6,6 +6,7 @@ request has the cache that the model makes itself; a step is a forward for each.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine.scheduler import Plan, Row
+from pipelines.engine.sight import tensors
 
 
 class CompatibleModel:
@@ -42,7 +44,7 @@ class CompatibleModel:
         ids = torch.tensor([row.tokens], device=self._model.device)
         state = self._states.pop(row, None) if row.computed else None
         first = state is None
-        state = state or {"attention_mask": torch.ones_like(ids), "use_cache": True}
+        state = state or self._begin(row, ids)
         inputs = self._model.prepare_inputs_for_generation(
             ids, next_sequence_length=None if first else row.pending, is_first_iteration=first, **state
         )
@@ -50,3 +52,21 @@ class CompatibleModel:
         self._states[row] = self._model._update_model_kwargs_for_generation(out, state, is_encoder_decoder=False)
         logits: Tensor = out.logits[:, -1]
         return logits
+
+    def _begin(self, row: Row, ids: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": True}
+        if features := row.request.features:
+            state |= tensors(self._model, features)
+            if len(row.tokens) > len(row.request.input_ids):  # it had to wait again: what it generated is no picture
+                more = len(row.tokens) - len(row.request.input_ids)
+                state = {name: _longer(value, len(row.request.input_ids), more) for name, value in state.items()}
+        if "position_ids" in inspect.signature(self._model.forward).parameters:
+            state["position_ids"] = self._model._prepare_position_ids_for_generation(ids, state)
+        return state
+
+
+def _longer(value: Any, length: int, more: int) -> Any:
+    """What has an entry a token of the prompt has one of each token after it too."""
+    if isinstance(value, Tensor) and value.shape == (1, length):
+        return torch.cat([value, value.new_zeros(1, more)], 1)
+    return value

@@ -7,14 +7,15 @@ is proved when it is loaded: what the slots give must be what the model gives wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipelines.engine import Request, attention
+from pipelines.engine import Array, Request, attention
 from pipelines.engine.graphs import Graphs
 from pipelines.engine.scheduler import Chunk, Plan, Row
+from pipelines.engine.sight import Piece, Sight
 from pipelines.engine.slots import SlotCache, Span, Unsupported
 from pipelines.sampling import Sampling
 
@@ -25,11 +26,19 @@ if TYPE_CHECKING:
 PROOF = ([3, 4, 5, 6, 7, 8, 9, 10, 11], [8, 9, 10, 11])  # prompts of unequal length
 
 
+class Sample(NamedTuple):
+    """A prompt with a picture in it, as the model's own processor makes one. It ends with text."""
+
+    input_ids: Sequence[int]
+    features: Mapping[str, Array]
+
+
 class FlatModel:
     """Raises `Unsupported` for a model that cannot be run this way; it is as it was then.
 
     `graphs`: whether steps that only decode are run as `graphs` does; None is on a GPU. `compile`: whether a compiled
-    step is looked for, and made in the background where there is none.
+    step is looked for, and made in the background where there is none. `sample`: what a model that takes pictures is
+    proved with, besides text.
     """
 
     def __init__(
@@ -41,8 +50,9 @@ class FlatModel:
         kv_dtype: torch.dtype | None = None,
         graphs: bool | None = None,
         compile: bool = False,
+        sample: Sample | None = None,
     ) -> None:
-        self._model = model
+        self._model = self._caller = model
         config = model.config.get_text_config()
         if not model._can_set_attn_implementation():
             raise Unsupported(f"{config.model_type} has attention of its own making")
@@ -52,21 +62,25 @@ class FlatModel:
         exact = model.dtype == torch.float32 and kv_dtype in (None, torch.float32) and not kernels
         self._graphs: Graphs | None = None
         self._compiled: Compiled | None = None
-        before = model.config._attn_implementation
+        self._sight: Sight | None = None
+        if model.config is not config:  # of its halves one reads text
+            self._sight = Sight(model)
+            self._caller = self._sight.caller
+        before = config._attn_implementation
         if before == attention.NAME:  # another engine has run it
-            model.set_attn_implementation(before := "eager")
+            self._attend_by(before := "eager")
         try:
-            plain = self._plain()
-            model.set_attn_implementation(attention.NAME)
-            self._prove(plain, config.model_type, 0.001 if exact else 0.2)
+            plain = self._plain(sample)
+            self._attend_by(attention.NAME)
+            self._prove(plain, sample, config.model_type, 0.001 if exact else 0.2)
         except Exception:
-            model.set_attn_implementation(before)
+            self._attend_by(before)
             raise
         finally:
             self.cache.clear()
         if graphs if graphs is not None else model.device.type == "cuda":
             self._graphs = Graphs(self._logits, self.cache, model.device)
-        if compile:
+        if compile and not self._sight and not self.cache.shares:  # what is compiled knows neither
             from pipelines.engine.compiled import Compiled  # not needed where nothing is compiled, as on a GPU
 
             self._compiled = Compiled(model, list(zip(PROOF, plain, strict=True)))
@@ -79,14 +93,21 @@ class FlatModel:
     def forward(self, plan: Plan) -> Tensor:
         """The logits after each row that decodes and each prompt whose last chunk this is, in the plan's order."""
         device = self._model.device
-        if self._graphs is not None and plan.decode and not plan.chunks and not plan.first:
-            return self._graphs([row.tokens[-1] for row in plan.decode], [row.computed for row in plan.decode])
         tokens = [row.tokens[-1] for row in plan.decode]
         positions = [row.computed for row in plan.decode]
+        places = [row.computed + _ahead(row) for row in plan.decode]
+        if self._graphs is not None and plan.decode and not plan.chunks and not plan.first:
+            return self._graphs(tokens, positions, [place + self._offset for place in places])
         wanted = list(range(len(tokens)))
+        pieces = []
         for chunk in plan.chunks:
-            end = chunk.start + chunk.length
-            tokens += chunk.row.tokens[chunk.start : end]
+            end, row = chunk.start + chunk.length, chunk.row
+            if self._sight and row.request.features and chunk.start < len(row.request.input_ids):
+                row.given = self._sight.of(row.request, row.given, chunk.start)
+                length = min(end, len(row.request.input_ids)) - chunk.start
+                pieces.append(Piece(row.given, len(tokens), chunk.start, length))
+            places += range(chunk.start + _ahead(row), end + _ahead(row))
+            tokens += row.tokens[chunk.start : end]
             if chunk.last:
                 wanted.append(len(tokens) - 1)
         spans = [Span(chunk.slot, chunk.start, chunk.length) for chunk in plan.chunks]
@@ -96,11 +117,26 @@ class FlatModel:
         if self._compiled and layers[0].is_initialized and (step := self._compiled.poll()):
             # Prompts too, and not only what decodes: a row's bits must not depend on whether a prompt is beside it.
             return step(ids, now.all_positions, now.all_slots, kept, layers)
-        return self._logits(ids, now.all_positions[None], kept)
+        if self._sight is None:
+            return self._logits(ids, now.all_positions[None], kept)
+        logits = self._seeing(ids, torch.tensor(places, device=device), pieces, kept)
+        for chunk in plan.chunks:
+            if chunk.last and chunk.row.given:
+                chunk.row.given = chunk.row.given.spent()
+        return logits
+
+    @property
+    def _offset(self) -> int:
+        return self._sight.offset if self._sight else 0
+
+    def _seeing(self, ids: Tensor, places: Tensor, pieces: Sequence[Piece], wanted: Tensor) -> Tensor:
+        assert self._sight is not None
+        with self._sight.laid(pieces):
+            return self._logits(ids, self._sight.positions(places, pieces), wanted)
 
     def _logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | int = 0) -> Tensor:
         with attention.over(self.cache):
-            logits: Tensor = self._model(
+            logits: Tensor = self._caller(
                 input_ids=ids,
                 position_ids=positions,
                 past_key_values=self.cache,
@@ -121,27 +157,51 @@ class FlatModel:
             lengths = {slot: row.computed for slot, row in enumerate(running)}
             self.cache.trim(lengths | dict(kept))
 
-    def _plain(self) -> Tensor:
+    def _attend_by(self, name: str) -> None:
+        """Of a model with a half that sees, the half that reads."""
+        model, text = self._model, self._model.config.get_text_config()
+        halves = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
+        model.set_attn_implementation({halves[0]: name} if halves else name)
+
+    def _plain(self, sample: Sample | None) -> Tensor:
+        """What the model says, without a cache, of the prompts that it is proved with."""
         with torch.inference_mode():
             tensors = [torch.tensor([ids], device=self._model.device) for ids in PROOF]
-            return torch.cat([self._model(input_ids=ids, use_cache=False).logits[:, -1] for ids in tensors]).float()
+            found = [self._caller(input_ids=ids, use_cache=False).logits[:, -1] for ids in tensors]
+            if sample and self._sight:
+                found.append(self._model(**self._sight.inputs(*sample), use_cache=False).logits[:, -1])
+            return torch.cat(found).float()
 
-    def _prove(self, plain: Tensor, kind: str, tolerance: float) -> None:
-        """Two chunks at once, a chunk after another beside a row that decodes, and two rows that decode together."""
+    def _prove(self, plain: Tensor, sample: Sample | None, kind: str, tolerance: float) -> None:
+        """Two chunks at once, a chunk after another beside a row that decodes, and rows that decode together."""
         long, short = (Row(Request("", ids, Sampling()), (0, 0), list(ids), 0) for ids in PROOF)
+        rows, wanted = [long, short], [0, 1, 1]
         try:
             self.forward(Plan(chunks=[Chunk(long, 0, 0, 5), Chunk(short, 1, 0, 3)]))
             long.computed, short.computed = 5, 3
             mixed = self.forward(Plan([short], [Chunk(long, 0, 5, 3)], first=1))
             long.computed = 8
-            found = torch.cat([self.forward(Plan([long, short])), mixed]).float()
+            if sample:
+                ids = list(sample.input_ids)
+                seen = Row(Request("", ids, Sampling(), features=sample.features), (0, 0), ids, 0)
+                half = len(ids) // 2  # in the midst of the picture
+                self.forward(Plan(chunks=[Chunk(seen, 2, 0, half)]))
+                self.forward(Plan([short], [Chunk(seen, 2, half, len(ids) - 1 - half)], first=1))
+                seen.computed = len(ids) - 1
+                rows, wanted = [*rows, seen], [0, 1, 2, 1]
+            found = torch.cat([self.forward(Plan(rows)), mixed]).float()
         except Unsupported:
             raise
         except Exception as error:
             raise Unsupported(f"{kind} cannot be run as a batch: {type(error).__name__}: {error}") from error
-        off = float((found - plain[[0, 1, 1]]).abs().max() / plain.abs().max())
+        off = float((found - plain[wanted]).abs().max() / plain.abs().max())
         if not off < tolerance:  # a wrong mask or position is off by the size of the logits
             raise Unsupported(f"{kind} answers differently as a batch: its logits are off by {off:.1%}")
+
+
+def _ahead(row: Row) -> int:
+    """How far what follows its pictures is ahead of its place."""
+    return row.given.ahead if row.given else 0
 
 
 def rounds_inputs(model: Any) -> bool:

@@ -27,14 +27,15 @@ class _Graph:
     """One size's inputs and output, and what fills the latter from the former."""
 
     ids: Tensor  # [1, rows]
-    positions: Tensor  # [rows]
+    positions: Tensor  # [rows], in their slots
+    places: Tensor  # [rows], as the model is told: behind a picture they may be others
     slots: Tensor  # [rows]
     logits: Tensor
     replay: Callable[[], None]
 
 
 class Graphs:
-    """The graphs of one model over one cache. `forward`: ids and positions, [1, rows] each, to the logits of all."""
+    """The graphs of one model over one cache. `forward`: ids and places, [1, rows] each, to the logits of all."""
 
     def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], cache: SlotCache, device: torch.device) -> None:
         self._forward = forward
@@ -45,7 +46,7 @@ class Graphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._capacity = (0, 0)  # of the cache that they were captured over
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def __call__(self, tokens: Sequence[int], positions: Sequence[int], places: Sequence[int]) -> Tensor:
         """The logits of these rows, in slots 0, 1, 2 …, [rows, vocabulary]. They hold until the next call."""
         rows, span = rounded_rows(len(tokens)), rounded_span(max(positions) + 1)
         nobodys = self._cache.spare(rows, span)
@@ -59,6 +60,7 @@ class Graphs:
         more = rows - len(tokens)
         self._fill(graph.ids[0], [*tokens, *[0] * more])
         self._fill(graph.positions, [*positions, *[0] * more])
+        self._fill(graph.places, [*places, *[0] * more])
         self._fill(graph.slots, [*range(len(tokens)), *[nobodys] * more])
         if graph.logits.numel() == 0:
             self._capture(graph, rows, span)
@@ -66,8 +68,8 @@ class Graphs:
         return graph.logits[: len(tokens)]
 
     def _made(self, rows: int) -> _Graph:
-        ids, positions, slots = (torch.zeros(rows, dtype=torch.long, device=self._device) for _ in range(3))
-        return _Graph(ids[None], positions, slots, torch.empty(0), lambda: None)
+        ids, *others = (torch.zeros(rows, dtype=torch.long, device=self._device) for _ in range(4))
+        return _Graph(ids[None], *others, torch.empty(0), lambda: None)
 
     def _fill(self, target: Tensor, values: Sequence[int]) -> None:
         source = torch.tensor(values, dtype=torch.long)
@@ -76,7 +78,7 @@ class Graphs:
     def _capture(self, graph: _Graph, rows: int, span: int) -> None:
         def run() -> None:
             self._cache.begin_rounded(rows, span, graph.slots, graph.positions)
-            graph.logits = self._forward(graph.ids, graph.positions[None])
+            graph.logits = self._forward(graph.ids, graph.places[None])
 
         if not self._captures:
             graph.replay = run

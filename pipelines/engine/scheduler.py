@@ -57,10 +57,18 @@ class Row:
     finish_reason: str = ""
     error: str = ""
     draw: Any = None  # the engine's: how its tokens are drawn
-    ids: Ids = field(init=False)  # what it comes with: its tokens when it was last put in the queue
+    given: Any = None  # the engine's: what the model is given of its pictures
+    ids: Ids = field(init=False)  # what it comes with, by identity: its tokens when it was last put in the queue
 
     def __post_init__(self) -> None:
-        self.ids = np.array(self.tokens)
+        self.ids = self.identity()
+
+    def identity(self, length: int | None = None) -> Ids:
+        """The first tokens as beginnings are compared by: for those that stand for a picture, which picture."""
+        prompt = self.request.identity
+        if prompt is None:
+            return np.array(self.tokens[:length])
+        return np.array([*prompt, *self.tokens[len(prompt) :]][:length])
 
     @property
     def pending(self) -> int:
@@ -232,7 +240,7 @@ class Scheduler:
         while not self._fits(self.running):
             row = max(self.running)
             self._vacate(self.running.index(row), keep=False)
-            row.computed, row.ids = 0, np.array(row.tokens)
+            row.computed, row.ids = 0, row.identity()
             self.preempted += 1
             self.submit(row)
 
@@ -324,7 +332,7 @@ class Scheduler:
     def _vacate(self, slot: int, *, keep: bool) -> None:
         """Take a row out; the last one moves into its slot, and what it computed stays or moves behind them."""
         row, last = self.running[slot], self.running.pop()
-        ids = np.array(row.tokens[: row.computed])
+        ids = row.identity(row.computed)
         keep = keep and self._worth_keeping(ids)
         target = len(self.running)
         if last is not row:

@@ -147,9 +147,20 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.now = Pass()
         self.kernels = kernels
         self.windows = layer_windows(config)
+        self.sources = layer_sources(config)
         self._max_slots, self._context = max_slots, context
         self._touched: dict[int, int] = {}  # how many positions of each slot have memory
         super().__init__(layers=[SlotLayer(self.now, window, dtype) for window in self.windows])
+
+    @property
+    def shares(self) -> bool:
+        """Whether some layers have none of their own."""
+        return len(set(self.sources)) < len(self.sources)
+
+    def read_by(self, layer: int) -> SlotLayer:
+        """What this layer attends over."""
+        found: SlotLayer = self.layers[self.sources[layer]]
+        return found
 
     def reserve(self, slots: int, length: int) -> None:
         """Grow to this many slots of this length. It may lack memory."""
@@ -258,12 +269,23 @@ def layer_windows(config: Any) -> list[int | None]:
         kinds = {"chunked_attention"}
     else:
         kinds = {"full_attention" if window is None else "sliding_attention"}
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
-        kinds |= {"shared"}
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise Unsupported(f"{config.model_type} has layers that slots cannot cache: {', '.join(other)}")
     kind_of = getattr(config, "layer_types", None) or list(kinds) * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kind_of]
+
+
+def layer_sources(config: Any) -> list[int]:
+    """The layer whose keys and values each layer reads: its own, or where layers share, the last of its kind's."""
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [""] * len(modes)
+    stored: dict[str, int] = {}
+    sources = []
+    for layer, (mode, kind) in enumerate(zip(modes, kinds, strict=True)):
+        if mode == "store":
+            stored[kind] = layer
+        sources.append(stored.get(kind, layer) if mode == "reuse" else layer)
+    return sources
 
 
 def position_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -271,7 +293,7 @@ def position_bytes(config: Any, dtype: torch.dtype) -> int:
     heads: int = getattr(config, "num_attention_heads", 0)
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     dim: int = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    layers: int = config.num_hidden_layers
+    layers = len(set(layer_sources(config)))
     return max(1, 2 * layers * keys * dim * dtype.itemsize)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from pipelines.engine import Limits
@@ -35,11 +35,20 @@ class WeightsError(ValueError):
     """The folder's weights cannot be loaded; the message names what is wrong."""
 
 
-def load(home: Path, *, dtype: str = "auto", quantize: str = "", device: str = "cpu") -> tuple[Any, Limits]:
-    """The model in `home`, ready to run, and its limits.
+def load(
+    home: Path,
+    *,
+    dtype: str = "auto",
+    quantize: str = "",
+    device: str = "cpu",
+    device_map: str = "",
+    pictures: bool = False,
+) -> tuple[Any, Limits]:
+    """The model in `home`, ready to run, and its limits. `pictures`: with the half of it that sees.
 
     `dtype` auto: bfloat16 on a GPU; on a CPU what is quantised stays so, in a model of the dtype that its kernels
-    take, and the rest is float32. `quantize` int8 or int4: safetensors' linear layers are, on a CPU.
+    take, and the rest is float32. `quantize` int8 or int4: safetensors' linear layers are, on a CPU. `device_map` is
+    transformers': over which devices the layers are laid, where one is too small.
     """
     limits = read_limits(home)
     logging.disable_progress_bar()  # it would be drawn into a server's log
@@ -50,6 +59,10 @@ def load(home: Path, *, dtype: str = "auto", quantize: str = "", device: str = "
     if len(found) > 1:
         raise WeightsError(f"{home} holds several GGUF files: {', '.join(file.name for file in found)}")
     if found:
+        if pictures:
+            raise WeightsError(
+                f"{found[0].name} is GGUF, which is loaded of language models alone: use its safetensors"
+            )
         if quantize:
             raise WeightsError(f"{found[0].name} is quantised already: leave out quantize = {quantize!r}")
         model = _load_gguf(home, found[0], kind, swap)
@@ -59,12 +72,14 @@ def load(home: Path, *, dtype: str = "auto", quantize: str = "", device: str = "
                 f"quantize = {quantize!r} needs a CPU, dtype = 'auto' and the native kernels "
                 "(python -m pipelines.engine.native) or AVX-512: leave it out"
             )
-        model = AutoModelForCausalLM.from_pretrained(home, dtype=swap.dtype if quantize and swap else kind)
+        kinds = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+        placed = {"device_map": device_map} if device_map else {}
+        model = kinds.from_pretrained(home, dtype=swap.dtype if quantize and swap else kind, **placed)
         if quantize and swap:
             _quantise(model, swap, 4 if quantize == "int4" else 8)
     else:
         raise WeightsError(f"{home} holds neither *.safetensors nor a *.gguf file")
-    return model.to(device).eval(), limits
+    return (model if device_map else model.to(device)).eval(), limits
 
 
 def _quantise(model: Any, swap: Swap, bits: int) -> None:
