@@ -1,7 +1,7 @@
 """A chat with tools as its template takes it: in the shape templates expect, or, where one knows no tools, in words.
 
-Templates follow transformers' convention, which differs from OpenAI's in that arguments are objects. Knows neither
-Jinja nor tokens.
+Templates follow transformers' convention, which differs from OpenAI's in that arguments are objects. What becomes of
+pictures among the words is in `parts.py`. Knows neither Jinja nor tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines import parts
 from pipelines.answer.formats import AnswerFormat
 from pipelines.errors import StageError
 from pipelines.template import ChatTemplate
@@ -36,16 +37,29 @@ Answer in your own words when no function is needed."""
 _MUST = " Now you must call {what}."
 
 
-def render(template: ChatTemplate, form: AnswerFormat, chat: Sequence[Message], tools: Tools | None) -> str:
-    """The prompt of a chat, which `messages.parse_messages` made, and of the functions it offers."""
+def render(
+    template: ChatTemplate,
+    form: AnswerFormat,
+    chat: Sequence[Message],
+    tools: Tools | None,
+    *,
+    image_token: str | None = None,
+    reserved: Sequence[str] = (),
+) -> str:
+    """The prompt of a chat, which `messages.parse_messages` made, and of the functions it offers.
+
+    `image_token` is what stands for a picture in it: None if the model sees none, empty if a picture's place is not in
+    the prompt. No text may hold what is `reserved`.
+    """
+    parts.check(chat, reserved)
     functions = tools.callable if tools else ()
     chosen = (template.with_tools if functions else None) or template
     if "developer" not in chosen.source:
         chat = [{**message, "role": "system"} if message["role"] == "developer" else message for message in chat]
     if not form.native:
-        return chosen.render(_in_words(chat, tools, chosen))
+        return chosen.render(parts.fitted(_in_words(chat, tools, chosen), chosen, image_token))
     shown = [{"type": "function", "function": _described(function)} for function in functions] or None
-    chat = _shaped(chat, chosen.source)
+    chat = parts.fitted(_shaped(chat, chosen.source), chosen, image_token)
     try:
         return chosen.render(chat, shown)
     except StageError as error:
@@ -109,12 +123,13 @@ def _in_words(chat: Sequence[Message], tools: Tools | None, template: ChatTempla
     for message in chat:
         if calls := message.get("tool_calls"):
             written = "\n".join(_written(call["function"]) for call in calls)
-            text = f"{message['content']}\n{written}" if message["content"] else written
+            text = parts.joined(message["content"], "\n", written) if message["content"] else written
             told.append({key: value for key, value in message.items() if key != "tool_calls"} | {"content": text})
         elif message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            text = parts.joined("<tool_response>", "\n", message["content"])
+            text = parts.joined(text, "\n", "</tool_response>")
             if told and told[-1].get("results"):
-                told[-1]["content"] += f"\n{text}"
+                told[-1]["content"] = parts.joined(told[-1]["content"], "\n", text)
             else:
                 told.append({"role": "user", "content": text, "results": True})
         else:
@@ -131,7 +146,7 @@ def _offer(chat: list[Message], text: str, takes_system: bool) -> None:
     role = "system" if takes_system else "user"
     if chat[0]["role"] in (role, "developer"):
         before, after = (chat[0]["content"], text) if takes_system else (text, chat[0]["content"])
-        chat[0] = {**chat[0], "content": f"{before}\n\n{after}"}
+        chat[0] = {**chat[0], "content": parts.joined(before, "\n\n", after)}
     else:
         chat.insert(0, {"role": role, "content": text})
 

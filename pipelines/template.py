@@ -27,6 +27,8 @@ MAX_RENDERED = 64 * 2**20  # characters; far above any context, far below the ma
 MAX_REPEAT = 100_000  # for `range`, `'-' * n`, `ljust(n)` and the like: Jinja's own limit on a range
 MAX_RANGED = 1_000_000  # iterations over all ranges of one rendering
 
+_PROBE = "probe"  # a word that no template writes of itself
+_SHOWN_AS_CODE = re.compile(r"""["']type["']\s*:\s*["']text["']""")
 _WIDE = re.compile(r"\d{6}|:[^{}]*\{|[%.]\*")
 
 
@@ -76,11 +78,36 @@ class ChatTemplate:
     @cached_property
     def takes_system(self) -> bool:
         """Whether a chat may begin with a system message."""
+        a, b = ("a", "b") if self.takes_strings else ([_text("a")], [_text("b")])
         try:
-            self.render([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+            self.render([{"role": "system", "content": a}, {"role": "user", "content": b}])
         except StageError:
             return False
         return True
+
+    @cached_property
+    def takes_strings(self) -> bool:
+        """Whether a content may be a string: it shows one, or shows no list of parts either."""
+        return self._shows(_PROBE) or not self.takes_parts
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether a content may be a list of parts, as transformers writes them: a part is not shown as code."""
+        return self._shows([_text(_PROBE)])
+
+    def places(self, word: str) -> bool:
+        """Whether it writes `word` where a content has a picture among its parts."""
+        try:
+            return word in self.render([{"role": "user", "content": [{"type": "image"}, _text(_PROBE)]}])
+        except StageError:
+            return False
+
+    def _shows(self, content: object) -> bool:
+        try:
+            rendered = self.render([{"role": "user", "content": content}])
+        except StageError:
+            return False
+        return _PROBE in rendered and not _SHOWN_AS_CODE.search(rendered)
 
     def render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
@@ -129,6 +156,10 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(content, str):
             found[name] = content
     return found
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _named(value: object) -> dict[str, str]:

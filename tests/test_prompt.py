@@ -10,6 +10,7 @@ from pipelines.messages import parse_messages
 from pipelines.prompt import render
 from pipelines.template import ChatTemplate
 from pipelines.tools import Tools, parse_tools
+from tests.vision_templates import TEMPLATES as VISION
 
 WEATHER = {
     "name": "weather",
@@ -307,3 +308,158 @@ def test_the_default_pipelines_own_template(smollm2_home):
     text = rendered(template, CHAT, offered())
     assert text.startswith("<|im_start|>system\nBe brief.\n\nYou can call functions")
     assert text.endswith("<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+
+# --- pictures
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,<image>", "detail": "auto"}}
+
+
+def say(text):
+    return {"type": "text", "text": text}
+
+
+SEEN = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [say("This"), PICTURE, say("and this"), PICTURE, say("differ how?")]},
+    {"role": "assistant", "content": "Not."},
+    {"role": "user", "content": [PICTURE, say("And this?")]},
+]
+
+
+def pictured(source, chat, tools=None, image_token="<image>", **named):
+    template = ChatTemplate(source, {"bos_token": "<bos>"})
+    return render(template, AnswerFormat.of(template), chat, tools, image_token=image_token, **named)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "prompt"),
+    [
+        (
+            "llava",
+            "<image>",
+            "Be brief. USER: <image>\n<image>\nThis and this differ how? ASSISTANT: Not. USER: <image>\nAnd this? "
+            "ASSISTANT:",
+        ),
+        (
+            "smolvlm",
+            "<image>",
+            "<|im_start|>System: Be brief.<end_of_utterance>\nUser: This<image>and this<image>differ how?"
+            "<end_of_utterance>\nAssistant: Not.<end_of_utterance>\nUser:<image>And this?<end_of_utterance>\n"
+            "Assistant:",
+        ),
+        (
+            "qwen3_vl",
+            "<|image_pad|>",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+            "This<|vision_start|><|image_pad|><|vision_end|>and this<|vision_start|><|image_pad|><|vision_end|>"
+            "differ how?<|im_end|>\n<|im_start|>assistant\nNot.<|im_end|>\n<|im_start|>user\n"
+            "<|vision_start|><|image_pad|><|vision_end|>And this?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "gemma3n",
+            "<image_soft_token>",
+            "<bos><start_of_turn>user\nBe brief.\n\nThis<image_soft_token>and this<image_soft_token>differ how?"
+            "<end_of_turn>\n<start_of_turn>model\nNot.<end_of_turn>\n<start_of_turn>user\n<image_soft_token>And this?"
+            "<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        ("kosmos2", "", "<grounding>And this?"),
+    ],
+)
+def test_pictures_are_where_the_model_was_taught_them(name, token, prompt):
+    assert pictured(VISION[name], SEEN, image_token=token) == prompt
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_chat_without_pictures_in_a_vision_models_template(name):
+    text = pictured(VISION[name], CHAT[:2])
+    assert "Rome?" in text
+    assert "type" not in text
+
+
+def test_a_template_of_strings_has_the_pictures_in_words():
+    assert pictured(CHATML, SEEN) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nThis\n<image>\nand this\n<image>\ndiffer how?<|im_end|>\n"
+        "<|im_start|>assistant\nNot.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nAnd this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_of_strings_for_a_processor_that_writes_the_place_itself():
+    template = "<grounding>{{ messages[-1].content }}"
+    assert pictured(template, SEEN, image_token="") == "<grounding>And this?"
+    assert pictured(template, [{"role": "user", "content": [PICTURE]}], image_token="") == "<grounding>"
+
+
+def test_a_template_that_leaves_pictures_out_has_them_in_words():
+    template = "{% for m in messages %}{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
+    assert pictured(template, SEEN[3:]) == "<image>\nAnd this?"
+
+
+def test_pictures_for_a_model_that_sees_none():
+    with pytest.raises(StageError, match="takes text only") as refused:
+        pictured(VISION["qwen3_vl"], SEEN, image_token=None)
+    assert refused.value.param == "messages[1].content"
+
+
+def test_rendering_pictures_changes_no_message():
+    before = json.dumps(SEEN)
+    pictured(VISION["smolvlm"], SEEN, offered())
+    assert json.dumps(SEEN) == before
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        ({"role": "user", "content": "a <image> b"}, "messages[1].content"),
+        ({"role": "user", "content": [PICTURE, say("a<image>")]}, "messages[1].content[1].text"),
+        ({"role": "user", "content": "a", "name": "<image>"}, "messages[1].name"),
+        ({"role": "assistant", "content": "a", "reasoning_content": "<video>"}, "messages[1].reasoning_content"),
+        (
+            {**CHAT[2], "tool_calls": [{**ROME, "function": {"name": "a", "arguments": '{"b": "<image>"}'}}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+    ],
+)
+def test_words_that_stand_for_pictures_are_refused_in_texts(message, path):
+    chat = [CHAT[1], message]
+    with pytest.raises(StageError, match="stands for a picture") as refused:
+        pictured(VISION["smolvlm"], chat, reserved=["<image>", "<video>"])
+    assert refused.value.param == path
+
+
+def test_what_a_picture_is_called_is_no_text():
+    assert "<image>And this?" in pictured(VISION["smolvlm"], SEEN, reserved=["<image>"])
+
+
+def test_tools_in_words_beside_pictures():
+    chat = [
+        {"role": "user", "content": [PICTURE, say("Where?")]},
+        {**CHAT[2], "content": None},
+        {"role": "tool", "tool_call_id": ROME["id"], "content": [say("See"), PICTURE]},
+        CHAT[3],
+    ]
+    text = pictured(VISION["smolvlm"], chat, offered())
+    assert text.startswith("<|im_start|>System: You can call functions")
+    assert "User:<image>Where?<end_of_utterance>\nAssistant: <tool_call>\n" in text
+    assert text.endswith(
+        "User: <tool_response>\nSee<image></tool_response>\n<tool_response>\nsunny\n</tool_response><end_of_utterance>"
+        "\nAssistant:"
+    )
+    assert pictured(CHATML, chat, offered()).endswith(
+        "user\n<tool_response>\nSee\n<image>\n</tool_response>\n<tool_response>\nsunny\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_tools_in_words_in_a_first_message_with_a_picture():
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    text = pictured(no_system + VISION["smolvlm"], SEEN[3:], offered())
+    assert text.startswith("<|im_start|>User: You can call functions")
+    assert text.endswith("when no function is needed.<image>And this?<end_of_utterance>\nAssistant:")
+
+
+def test_tools_after_a_system_message_in_parts():
+    text = pictured(VISION["llava"], [{"role": "system", "content": [PICTURE, say("Look.")]}, CHAT[1]], offered())
+    assert text.startswith("<image>\nLook.\n\nYou can call functions")

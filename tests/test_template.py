@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import StageError
 from pipelines.template import ChatTemplate, special_tokens
+from tests import vision_templates
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -329,3 +330,73 @@ def test_special_tokens_are_strings_only():
         "extra_special_tokens": {"image_token": "<i>"},
     }
     assert special_tokens(config) == {"bos_token": "<s>", "image_token": "<i>"}
+
+
+AS_PARTS = {"llava", "smolvlm", "kosmos2"}
+PICTURES = {
+    "llava": "<image>",
+    "smolvlm": "<image>",
+    "qwen3_vl": "<|image_pad|>",
+    "gemma3n": "<image_soft_token>",
+}
+
+
+@pytest.mark.parametrize("name", vision_templates.TEMPLATES)
+def test_vision_templates_take_parts_and_some_nothing_else(name):
+    template = ChatTemplate(vision_templates.TEMPLATES[name], SPECIAL)
+    assert template.takes_parts
+    assert template.takes_strings == (name not in AS_PARTS)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_templates_take_strings(name):
+    template = ChatTemplate(TEMPLATES[name], SPECIAL)
+    assert template.takes_strings
+    assert not template.takes_parts
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", "{{ messages | tojson }}", "{{ messages | tojson(indent=1) }}"])
+def test_a_part_that_is_shown_as_code_is_not_taken(template):
+    assert not ChatTemplate(template).takes_parts
+
+
+def test_a_template_that_shows_no_content_is_given_strings():
+    template = ChatTemplate("{{ messages | length }}")
+    assert (template.takes_strings, template.takes_parts) == (True, False)
+
+
+@pytest.mark.parametrize(("name", "word"), PICTURES.items())
+def test_what_a_template_writes_for_a_picture(name, word):
+    template = ChatTemplate(vision_templates.TEMPLATES[name], SPECIAL)
+    assert template.places(word)
+    assert not template.places("<picture>")
+
+
+@pytest.mark.parametrize("name", ["kosmos2", "chatml"])
+def test_a_template_that_writes_nothing_for_a_picture(name):
+    source = (vision_templates.TEMPLATES | TEMPLATES)[name]
+    assert not ChatTemplate(source, SPECIAL).places("<image>")
+
+
+def test_a_system_message_in_parts():
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    shows = "{% for m in messages %}{% for p in m.content %}{{ p.text.strip() }}{% endfor %}{% endfor %}"
+    assert ChatTemplate(shows).takes_system
+    assert not ChatTemplate(refuses + shows).takes_system
+
+
+MIXED = st.lists(
+    st.sampled_from([{"type": "image"}]) | st.builds(lambda text: {"type": "text", "text": text}, st.text(max_size=9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("name", vision_templates.TEMPLATES)
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(MIXED, min_size=1, max_size=3))
+def test_renders_parts_as_transformers_does(name, contents):
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    source = vision_templates.TEMPLATES[name]
+    assert ChatTemplate(source, SPECIAL).render(messages) == reference(source, messages)
