@@ -135,7 +135,7 @@ TRANSPARENT = {
         8,
         3,
         samples([1], [2], [0], "u1"),
-        png_chunk(b"PLTE", bytes((0, 0, 0) + RED + BLUE)),
+        png_chunk(b"PLTE", bytes((0, 0, 0, *RED, *BLUE))),
         png_chunk(b"tRNS", b"\xff\xff\0"),
     ),
     "PNG colour": lambda: png(
@@ -192,10 +192,10 @@ def test_half_transparent_lies_on_white():
 
 
 def test_lab_is_seen_as_its_colours():
-    # sRGB's red is L* 54, a* 81, b* 70 under D50; the file has L* of 255 and signed a* and b*.
+    # sRGB's red is L* 54, a* 81, b* 70 under D50; the file has L* of 255 and signed a* and b*. Half of it is grey.
     tags = {256: (3, [64]), 257: (3, [48]), 258: (3, [8] * 3), 259: (3, [1]), 262: (3, [8]), 277: (3, [3])}
-    red, blue = [138, 81, 70], [75, 68, 256 - 112]
-    assert_known(decoded(tiff(tags, samples(red, blue, [0, 0, 0], "u1"))), tolerance=12)
+    red, grey = [138, 81, 70], [128, 0, 0]
+    assert_known(decoded(tiff(tags, samples(red, grey, [0, 0, 0], "u1"))), tolerance=6, right=(120,) * 3)
 
 
 def test_a_frame_that_does_not_fill_the_screen_lies_on_white():

@@ -58,6 +58,8 @@ def _held(url: str, param: str, max_bytes: int) -> bytes:
     digits = len(url) - comma - 1
     check_size(digits // 4 * 3 - 2, param=param, max_bytes=max_bytes)  # with two of padding it is so little
     try:
+        if digits % 4 or url.endswith("==="):
+            raise ValueError("padding, of which decoders take too much")
         data = base64.b64decode(url[comma + 1 :], validate=True)
     except ValueError:
         raise _refusal(

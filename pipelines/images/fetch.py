@@ -151,7 +151,10 @@ def _parsed(url: str) -> _Target:
 def _next(target: _Target, location: str) -> _Target:
     if not location:
         raise Failed("redirects without saying where to")
-    following = _parsed(urljoin(target.url, location))
+    try:
+        following = _parsed(urljoin(target.url, location))
+    except ValueError:
+        raise Failed("redirects to what is not a well-formed URL") from None
     if target.scheme == "https" and following.scheme == "http":
         raise Failed("redirects from https to http")
     return following

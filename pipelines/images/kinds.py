@@ -46,7 +46,7 @@ _OTHERS = (
     (re.compile(rb"%!PS"), "PostScript"),
 )
 _MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<")
-_SVG = re.compile(rb"<svg[\s>]", re.I)
+_SVG = re.compile(rb"<svg[\s/>]", re.I)
 _TEXT = re.compile(rb"[\t\n\r -~\x80-\xff]+")
 _LOOKED_AT = 1024
 
