@@ -128,7 +128,16 @@ def _xyz(*values: float) -> bytes:
     return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
 
 
-def _icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+def ink_profile() -> bytes:
+    """Of a press whose first ink is black, and whose other inks are not seen."""
+    same = bytes(range(256))
+    table = bytes((255, 128, 128)) * 8 + bytes((0, 128, 128)) * 8  # Lab: white without the first ink, black with it
+    matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    body = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + matrix + same * 4 + table + same * 3
+    return _icc(b"CMYK", {b"A2B0": body, b"wtpt": _xyz(0.9642, 1.0, 0.8249)}, b"prtr", b"Lab ")
+
+
+def _icc(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", connection: bytes = b"XYZ ") -> bytes:
     name = b"a test\0"
     description = b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78)
     tags = {**tags, b"desc": description, b"cprt": b"text" + bytes(4) + b"none\0"}
@@ -138,8 +147,7 @@ def _icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
         body += bytes(-len(body) % 4)
         table += name + struct.pack(">II", at + len(bodies), len(body))
         bodies += body
-    header = struct.pack(
-        ">I4sI4s4s4s12s4s", at + len(bodies), b"lcms", 0x02100000, b"mntr", space, b"XYZ ", bytes(12), b"acsp"
-    )
+    start = at + len(bodies), b"lcms", 0x02100000, kind, space, connection, bytes(12), b"acsp"
+    header = struct.pack(">I4sI4s4s4s12s4s", *start)
     header += bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + bodies

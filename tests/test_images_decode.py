@@ -21,6 +21,7 @@ from tests.picture_bytes import (
     assert_known,
     exif,
     grey_profile,
+    ink_profile,
     known,
     packed,
     png,
@@ -283,6 +284,15 @@ def test_a_palette_and_what_is_transparent_are_in_that_space_too():
     assert_known(image, tolerance=6, left=BLUE, right=WHITE)
     image = decoded(saved(palette_picture(), "PNG", icc_profile=swapped_profile()))
     assert_known(image, tolerance=6, left=BLUE, right=RED)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_a_profile_of_inks(format):
+    """Without it the first ink is cyan, and the last black."""
+    image = known("CMYK", left=(255, 0, 0, 0), right=(0, 0, 0, 0), corner=(0, 0, 0, 255))
+    lossless = {"quality": 95} if format == "JPEG" else {}
+    seen = decoded(saved(image, format, icc_profile=ink_profile(), **lossless))
+    assert_known(seen, tolerance=8, left=(0, 0, 0), right=WHITE, corner=WHITE)
 
 
 def test_a_profile_of_greys():

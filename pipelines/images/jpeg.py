@@ -10,7 +10,8 @@ from pipelines.images.tiff import orientation_of
 _NOT_FILL = re.compile(rb"[^\xff]")
 _MAX_MARKERS = 4096  # a camera's file has some twenty, one with a large profile a hundred
 # Each scan goes over the whole picture again, however few bytes it has; encoders write about ten.
-_MAX_SCANS = 64
+_MAX_SCANS = 40
+_MAX_FILL = 1 << 16  # bytes before a marker; decoders take any number, encoders write none
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
@@ -70,7 +71,7 @@ def _next_segment(data: bytes, position: int) -> tuple[int, int, int]:
     """The next marker that has a length, where its length stands, and where its segment ends."""
     for _ in range(_MAX_MARKERS):
         fill = data.find(b"\xff", position)
-        found = _NOT_FILL.search(data, fill) if fill >= 0 else None
+        found = _NOT_FILL.search(data, fill, fill + _MAX_FILL) if fill >= 0 else None
         if found is None:
             raise cut_off()
         marker, position = found[0][0], found.end()
