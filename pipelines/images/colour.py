@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from pipelines.images.header import Header, Unreadable
@@ -21,11 +22,11 @@ _SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
 def as_seen(image: Image.Image, header: Header) -> Image.Image:
     """RGB of the same size, not yet turned."""
     image, alpha = _plain(image, header)
-    empty = alpha if alpha is not None else _empty(image, header)
+    opacity = alpha if alpha is not None else _opacity(image, header)
     rgb = _in_srgb(image, header.profile)
-    if empty is not None:
+    if opacity is not None:
         page = Image.new("RGB", rgb.size, WHITE)
-        page.paste(rgb, mask=empty)
+        page.paste(rgb, mask=opacity)
         rgb = page
     if header.frame is not None and header.frame != (0, 0, *rgb.size):
         page = Image.new("RGB", rgb.size, WHITE)
@@ -65,11 +66,11 @@ def _narrowed(image: Image.Image, header: Header) -> tuple[Image.Image, Image.Im
         grey = ~grey
     alpha = None
     if header.transparent:
-        alpha = Image.fromarray(np.where(wide == header.transparent[0], 0, 255).astype(np.uint8))
+        alpha = _mask(wide == header.transparent[0])
     return Image.fromarray(grey), alpha
 
 
-def _empty(image: Image.Image, header: Header) -> Image.Image | None:
+def _opacity(image: Image.Image, header: Header) -> Image.Image | None:
     """How opaque a PNG with one transparent colour is: not at all there, wholly elsewhere."""
     if not header.transparent:
         return None
@@ -79,7 +80,11 @@ def _empty(image: Image.Image, header: Header) -> Image.Image | None:
         sample >> 8 if header.depth == 16 else sample * 255 // (2**header.depth - 1) for sample in header.transparent
     ]
     same = shown == spread[0] if shown.ndim == 2 else (shown == np.array(spread)).all(axis=-1)
-    return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
+    return _mask(same)
+
+
+def _mask(empty: npt.NDArray[np.bool_]) -> Image.Image:
+    return Image.fromarray((~empty).astype(np.uint8) * np.uint8(255))
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:

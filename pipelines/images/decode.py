@@ -103,6 +103,8 @@ class Picture:
         """
         try:
             image = self._decoded(least)
+            turn = _TURNS.get(self.header.orientation)
+            return image if turn is None else image.transpose(turn)
         except Unreadable as error:
             raise _refusal(self.param, str(error)) from None
         except MemoryError:
@@ -114,8 +116,6 @@ class Picture:
         except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error ...
             what = f"is no {kinds.said(self.header.format)} that can be decoded: it is cut off or broken"
             raise _refusal(self.param, what) from error
-        turn = _TURNS.get(self.header.orientation)
-        return image if turn is None else image.transpose(turn)
 
     def _decoded(self, least: int | None) -> Image.Image:
         header = self.header
