@@ -240,6 +240,18 @@ def test_exif_that_repeats_itself_in_every_entry_is_not_read():
     assert_known(decoded(jpeg_with(*[segment(0xE1, said)] * 50)), tolerance=12)
 
 
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "TIFF"])
+def test_the_decoder_gets_no_metadata(name):
+    said = exif(6, more=b"SECRET") if name != "PNG" else exif(6, more=b"SECRET")[6:]
+    more = {"JPEG": {"comment": "SECRET", "exif": said}, "PNG": {"exif": said}, "TIFF": {"tiffinfo": {274: 6}}}[name]
+    picture = open_picture(saved(known(), name, **more), param=PARAM, max_pixels=MAX_PIXELS)
+    assert picture.header.orientation == 6
+    with Image.open(io.BytesIO(picture.header.data)) as image:
+        assert "exif" not in image.info
+        assert image.getexif().get(274) is None
+    assert b"SECRET" not in picture.header.data
+
+
 def test_a_tiff_that_leads_into_itself_is_its_first_page():
     data = tiff(
         {256: (4, [64]), 257: (4, [48]), 258: (3, [8] * 3), 259: (3, [1]), 262: (3, [2]), 277: (3, [3])},
