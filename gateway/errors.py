@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _STATUS = {
     "invalid_request": 400,
+    "invalid_image": 400,
     "unsupported_parameter": 400,
     "context_length_exceeded": 400,
     "overloaded": 429,

@@ -8,8 +8,8 @@ import json
 class StageError(Exception):
     """A request could not be served; `message` is a sentence for the user, `param` the input it names.
 
-    `code` is one of: invalid_request, context_length_exceeded, unsupported_parameter, overloaded, unavailable,
-    unhealthy, timeout, internal. `stage` is the stage that failed.
+    `code` is one of: invalid_request, invalid_image, context_length_exceeded, unsupported_parameter, overloaded,
+    unavailable, unhealthy, timeout, internal. `stage` is the stage that failed.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""OpenAI chat messages, checked once and normalised: every content is one string, every argument text a JSON object.
+"""OpenAI chat messages, checked once and normalised: a content is one string, or a list of parts where a picture is
+among them; every argument text is a JSON object.
 
 Standard library only: the gateway calls it to refuse a bad request early, the preprocess stage calls it
-because people also call Triton directly. Knows no template and no tokenizer.
+because people also call Triton directly. Knows no template and no tokenizer, and of a picture only where it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.errors import StageError
+
+# What is asked of parsed messages that hold pictures.
+from pipelines.images.parts import ImagePart as ImagePart
+from pipelines.images.parts import check_count as check_count
+from pipelines.images.parts import image_parts as image_parts
+from pipelines.images.parts import refuse_images as refuse_images
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _COMMON = frozenset({"role", "content", "name"})
@@ -24,6 +31,7 @@ _KEYS = {role: _COMMON | _MORE.get(role, set()) for role in ROLES}
 # Parts join as vLLM and llama.cpp join them for templates that take a string, so a prompt means the same
 # here.
 _PART_SEPARATOR = "\n"
+DETAILS = ("auto", "low", "high")
 
 
 def load_messages(text: str | bytes) -> list[dict[str, object]]:
@@ -40,7 +48,7 @@ def load_json(text: str | bytes, param: str) -> Any:
 
 
 def parse_messages(value: object) -> list[dict[str, object]]:
-    """The same messages with string contents, or a StageError whose `param` is the path of what is wrong.
+    """The same messages with normalised contents, or a StageError whose `param` is the path of what is wrong.
 
     A null is a key not given. Idempotent: what it returns may be parsed again.
     """
@@ -82,7 +90,7 @@ def _message(value: object, path: str) -> dict[str, object]:
         given.pop(_ADDED_TO_MESSAGE, None)
     _refuse_unsupported(given, role, path)
     calls = _calls(given.get("tool_calls"), f"{path}.tool_calls")
-    message: dict[str, object] = {"role": role, "content": _content(given, path, needed=not calls)}
+    message: dict[str, object] = {"role": role, "content": _content(given, role, path, needed=not calls)}
     for key in ("name", "reasoning_content"):
         if key in given:
             message[key] = string(given[key], f"{path}.{key}")
@@ -179,38 +187,56 @@ def fields_of(value: object, path: str, keys: tuple[str, ...], left_out: str = "
     return given
 
 
-def _content(given: Mapping[str, object], path: str, needed: bool) -> str | None:
-    """None only where the message is its calls."""
+def _content(given: Mapping[str, object], role: str, path: str, needed: bool) -> str | list[dict[str, Any]] | None:
+    """None only where the message is its calls; a list only where it holds a picture."""
     path = f"{path}.content"
     content = given.get("content")
     if content is None and not needed:
         return None
     if content is None:
-        raise StageError(f"'{path}' is required: a string, or a list of text parts.", param=path)
+        raise StageError(f"'{path}' is required: a string, or a list of parts.", param=path)
     if not isinstance(content, list):
-        return string(content, path, "a string or a list of text parts")
+        return string(content, path, "a string or a list of parts")
     if not content:
         raise StageError(f"'{path}' must hold at least one part.", param=path)
-    return _PART_SEPARATOR.join(_part(part, f"{path}[{index}]") for index, part in enumerate(content))
+    parts = [_part(part, role, f"{path}[{index}]") for index, part in enumerate(content)]
+    if any(part["type"] == "image_url" for part in parts):
+        return parts
+    return _PART_SEPARATOR.join(part["text"] for part in parts)
 
 
-def _part(value: object, path: str) -> str:
+def _part(value: object, role: str, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise StageError(f"'{path}' must be an object with type and text, not {kind_of(value)}.", param=path)
-    given = {key: item for key, item in value.items() if item is not None}
-    kind = string(given.get("type", ""), f"{path}.type")
-    if kind != "text":
+        raise StageError(f"'{path}' must be an object with type and its value, not {kind_of(value)}.", param=path)
+    kind = string({key: item for key, item in value.items() if item is not None}.get("type", ""), f"{path}.type")
+    if kind == "image_url" and role != "user":
         raise StageError(
-            f"'{path}.type' must be 'text', not {shown(kind)}: this pipeline takes text only.",
+            f"'{path}.type' must be 'text', not 'image_url': pictures go in messages with role 'user'.",
             param=f"{path}.type",
         )
-    if "text" not in given:
-        raise StageError(f"'{path}.text' is required.", param=f"{path}.text")
-    for key in given:
-        if key not in ("type", "text"):
-            where = f"{path}.{shown(key, quote='')}"
-            raise StageError(f"'{where}' is not supported.", code="unsupported_parameter", param=where)
-    return string(given["text"], f"{path}.text")
+    if kind not in ("text", "image_url"):
+        raise StageError(f"'{path}.type' must be 'text' or 'image_url', not {shown(kind)}.", param=f"{path}.type")
+    given = fields_of(value, path, ("type", kind))
+    if kind not in given:
+        raise StageError(f"'{path}.{kind}' is required.", param=f"{path}.{kind}")
+    inner = f"{path}.{kind}"
+    return {"type": kind, kind: string(given[kind], inner) if kind == "text" else _image_url(given[kind], inner)}
+
+
+def _image_url(value: object, path: str) -> dict[str, str]:
+    """Where the picture is; what is there is for the preprocess stage to say."""
+    if isinstance(value, str):
+        raise StageError(f'\'{path}\' must be an object: send {{"url": "..."}}, not the URL alone.', param=path)
+    given = fields_of(value, path, ("url", "detail"))
+    url = string(given.get("url", ""), f"{path}.url", "a string: a data URI, or an http or https URL")
+    if not url:
+        raise StageError(f"'{path}.url' is required: a data URI, or an http or https URL.", param=f"{path}.url")
+    detail = string(given.get("detail", DETAILS[0]), f"{path}.detail")
+    if detail not in DETAILS:
+        raise StageError(
+            f"'{path}.detail' must be one of {', '.join(DETAILS)}, not {shown(detail)}.", param=f"{path}.detail"
+        )
+    return {"url": url, "detail": detail}
 
 
 def string(value: object, path: str, wanted: str = "a string") -> str:

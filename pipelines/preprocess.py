@@ -19,7 +19,7 @@ from pipelines import prompt as prompts
 from pipelines.answer.formats import AnswerFormat
 from pipelines.answer.grammar import grammar
 from pipelines.errors import StageError
-from pipelines.messages import load_messages, utf8
+from pipelines.messages import load_messages, refuse_images, utf8
 from pipelines.sampling import Sampling
 from pipelines.structure import Structure
 from pipelines.template import ChatTemplate
@@ -89,6 +89,7 @@ class Preprocess:
             rendered, template = utf8(text, "text"), False
         else:
             chat = load_messages(messages) if messages is not None else _one_message(utf8(prompt or "", "prompt"))
+            refuse_images(chat)
             with stage("render"):
                 rendered, template = self._render(chat, offered, param), True
             if offered and offered.callable:

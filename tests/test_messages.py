@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import StageError
-from pipelines.messages import load_messages, parse_messages, utf8
+from pipelines.messages import (
+    ImagePart,
+    check_count,
+    image_parts,
+    load_messages,
+    parse_messages,
+    refuse_images,
+    utf8,
+)
 
 
 def user(content: object = "hi", **more: object) -> dict[str, object]:
@@ -24,6 +32,15 @@ def calls(tool_calls: object, **more: object) -> dict[str, object]:
     return {"role": "assistant", "content": None, "tool_calls": tool_calls, **more}
 
 
+def text(what: str) -> dict[str, object]:
+    return {"type": "text", "text": what}
+
+
+def image(url: object = "data:", **more: object) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+IMAGE = "messages[0].content[0].image_url"
 ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
 
 
@@ -36,6 +53,55 @@ def test_a_plain_message_is_taken_as_it_is(role):
 def test_text_parts_are_joined_by_lines():
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert parse_messages([user(parts)]) == [user("one\ntwo")]
+
+
+def test_parts_with_a_picture_stay_apart_and_in_order():
+    parts = [text("one"), image("http://a/b"), text(""), text("two"), image("data:x", detail="low")]
+    (message,) = parse_messages([user(parts)])
+    first = image("http://a/b", detail="auto")
+    assert message == user([text("one"), first, text(""), text("two"), image("data:x", detail="low")])
+    assert parse_messages([message]) == [message]
+    (given,) = parse_messages([user([{**image(detail=None), "text": None}])])
+    assert given == user([image(detail="auto")])
+
+
+def test_only_the_messages_with_a_picture_hold_parts():
+    system = {"role": "system", "content": [text("a"), text("b")]}
+    first, second, third = parse_messages([system, user([image()]), user([text("c")])])
+    assert (first["content"], third["content"]) == ("a\nb", "c")
+    assert isinstance(second["content"], list)
+
+
+def test_where_the_pictures_are():
+    messages = [
+        user([text("a"), image("data:1")]),
+        {"role": "assistant", "content": "b"},
+        calls([call()]),
+        user([image("data:2", detail="high"), text("c"), image("data:3")]),
+    ]
+    assert image_parts(parse_messages(messages)) == [
+        ImagePart("messages[0].content[1].image_url.url", "data:1", "auto"),
+        ImagePart("messages[3].content[0].image_url.url", "data:2", "high"),
+        ImagePart("messages[3].content[2].image_url.url", "data:3", "auto"),
+    ]
+    assert image_parts(parse_messages([user("a"), calls([call()])])) == []
+
+
+def test_a_pipeline_without_eyes_refuses_the_first_picture():
+    refuse_images(parse_messages([user(), calls([call()])]))
+    with pytest.raises(StageError, match="must be 'text', not 'image_url': this pipeline takes text only") as refused:
+        refuse_images(parse_messages([user(), user([text("a"), image(), image()])]))
+    assert refused.value.param == "messages[1].content[1].type"
+
+
+@pytest.mark.parametrize(("most", "said"), [(1, "At most 1 image can"), (2, "At most 2 images can")])
+def test_too_many_pictures_are_counted_over_all_messages(most, said):
+    chat = parse_messages([user([image()] * most), user([text("a"), image(), image()])])
+    check_count(chat, most + 2)
+    with pytest.raises(StageError, match=said) as refused:
+        check_count(chat, most)
+    assert refused.value.param == "messages[1].content[1].type"
+    assert f"not {most + 2}: 'messages[1].content[1].type' is one too many" in refused.value.message
 
 
 def test_names_and_tool_results_are_kept():
@@ -88,22 +154,41 @@ def test_an_empty_content_is_a_content():
         ([{"role": "\ud800", "content": "hi"}], "messages[0].role", "not valid Unicode"),
         ([{"role": "user"}], "messages[0].content", "is required"),
         ([user(None)], "messages[0].content", "is required"),
-        ([user(True)], "messages[0].content", "a string or a list of text parts, not a boolean"),
+        ([user(True)], "messages[0].content", "a string or a list of parts, not a boolean"),
         ([user({"text": "hi"})], "messages[0].content", "not an object"),
         ([user([])], "messages[0].content", "at least one part"),
         ([user("\ud800")], "messages[0].content", "not valid Unicode"),
         ([user(), user("\udfff")], "messages[1].content", "not valid Unicode"),
-        ([user(["hi"])], "messages[0].content[0]", "an object with type and text, not a string"),
-        ([user([{"text": "hi"}])], "messages[0].content[0].type", "must be 'text'"),
+        ([user(["hi"])], "messages[0].content[0]", "an object with type and its value, not a string"),
+        ([user([{"text": "hi"}])], "messages[0].content[0].type", "must be 'text' or 'image_url'"),
         ([user([{"type": 1}])], "messages[0].content[0].type", "must be a string"),
         ([user([{"type": "text"}])], "messages[0].content[0].text", "is required"),
         ([user([{"type": "text", "text": []}])], "messages[0].content[0].text", "not a list"),
         ([user([{"type": "text", "text": "\ud800"}])], "messages[0].content[0].text", "not valid Unicode"),
         ([user([{"type": "text", "text": "", "x": 1}])], "messages[0].content[0].x", "not supported"),
+        ([user([{"type": "input_audio", "input_audio": {}}])], "messages[0].content[0].type", "not 'input_audio'"),
+        ([user([{"type": "file", "file": {}}])], "messages[0].content[0].type", "'text' or 'image_url', not 'file'"),
+        ([user([{"type": "refusal", "refusal": ""}])], "messages[0].content[0].type", "not 'refusal'"),
+        ([user([{"type": "input_image", "image_url": ""}])], "messages[0].content[0].type", "not 'input_image'"),
+        ([user([{"type": "image_url"}])], IMAGE, "is required"),
+        ([user([{"type": "image_url", "image_url": None}])], IMAGE, "is required"),
+        ([user([{"type": "image_url", "image_url": "data:"}])], IMAGE, 'send {"url": "..."}, not the URL alone'),
+        ([user([{"type": "image_url", "image_url": []}])], IMAGE, "an object with url and detail, not a list"),
+        ([user([image(), {**image(), "text": "x"}])], "messages[0].content[1].text", "takes type, image_url"),
+        ([user([{"type": "image_url", "image_url": {}}])], f"{IMAGE}.url", "is required"),
+        ([user([image("")])], f"{IMAGE}.url", "is required"),
+        ([user([image(7)])], f"{IMAGE}.url", "a data URI, or an http or https URL, not a number"),
+        ([user([image("\ud800")])], f"{IMAGE}.url", "not valid Unicode"),
+        ([user([image(detail="medium")])], f"{IMAGE}.detail", "one of auto, low, high, not 'medium'"),
+        ([user([image(detail=1)])], f"{IMAGE}.detail", "must be a string"),
+        ([user([image(size=1)])], f"{IMAGE}.size", "takes url, detail"),
+        ([user(), {"role": "assistant", "content": [image()]}], "messages[1].content[0].type", "with role 'user'"),
+        ([{"role": "system", "content": [image()]}], "messages[0].content[0].type", "must be 'text', not 'image_url'"),
+        ([{"role": "developer", "content": [image()]}], "messages[0].content[0].type", "with role 'user'"),
         (
-            [user([{"type": "text", "text": ""}, {"type": "image_url", "image_url": {"url": "data:"}}])],
+            [{"role": "tool", "tool_call_id": "c1", "content": [text("x"), image()]}],
             "messages[0].content[1].type",
-            "not 'image_url'",
+            "with role 'user'",
         ),
         ([user(name=1)], "messages[0].name", "must be a string"),
         ([user(tool_call_id="c1")], "messages[0].tool_call_id", "not supported"),
@@ -176,9 +261,25 @@ JSON = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(
-    ["role", "content", "name", "type", "text", "tool_call_id", "tool_calls", "id", "function", "arguments"]
+    [
+        "role",
+        "content",
+        "name",
+        "type",
+        "text",
+        "image_url",
+        "url",
+        "detail",
+        "tool_call_id",
+        "tool_calls",
+        "id",
+        "function",
+        "arguments",
+    ]
 )
-WORDS = st.sampled_from(["user", "assistant", "tool", "developer", "text", "function", "hi", "{}", "\ud800"])
+WORDS = st.sampled_from(
+    ["user", "assistant", "tool", "developer", "text", "function", "hi", "{}", "\ud800", "image_url", "low"]
+)
 NEARLY = st.recursive(
     WORDS | JSON,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
@@ -196,16 +297,20 @@ def test_any_json_is_parsed_for_good_or_refused(value):
     else:
         assert parse_messages(messages) == messages
         for message in messages:
-            assert isinstance(message["content"], str) or message["tool_calls"]
+            if isinstance(message["content"], list):
+                assert any(part["type"] == "image_url" for part in message["content"])
+            else:
+                assert isinstance(message["content"], str) or message["tool_calls"]
             assert all(isinstance(item, str) for key, item in message.items() if key not in ("content", "tool_calls"))
             for made in message.get("tool_calls", []):
                 assert isinstance(json.loads(made["function"]["arguments"]), dict)
+        assert all(part.url for part in image_parts(messages))
         return
     assert str(refused.param).startswith("messages")
     refused.to_json().encode()
 
 
 def test_the_gateway_pays_for_no_tokenizer():
-    code = "import sys, pipelines.messages; print({'tokenizers', 'jinja2', 'numpy'} & set(sys.modules))"
+    code = "import sys, pipelines.messages; print({'tokenizers', 'jinja2', 'numpy', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"

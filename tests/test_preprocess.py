@@ -87,6 +87,13 @@ def test_a_base_model_takes_text_only(gemma3):
         assert [refused.value.param] == list(given)
 
 
+def test_a_picture_is_refused_by_its_place(smollm2):
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    with pytest.raises(StageError, match="this pipeline takes text only") as refused:
+        smollm2.run(messages=json.dumps([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]))
+    assert (refused.value.param, refused.value.code) == ("messages[0].content[1].type", "invalid_request")
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [
