@@ -21,6 +21,7 @@ from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.tools import parse_tools
+from tests import vision
 from tests.test_app import ACCEPTED, HELLO, MODEL, ScriptedBackend, Server
 
 GRID = 32
@@ -218,6 +219,17 @@ def test_the_tags_reach_the_reader(tmp_path, special):
     assert text == f"An image of<phrase> a cat</phrase><object>{pair(0, 3)}</object>."
     content, (found,) = read([text], [(40, 40)], AnswerFormat.load(tmp_path).grid)
     assert (content, found.pixels) == ("An image of a cat [10, 10, 30, 30].", (10, 10, 30, 30))
+
+
+def test_the_text_is_what_transformers_decodes(tmp_path):
+    """With its own processor, whose tokenizer has all the tags."""
+    home = vision.home("kosmos2", tmp_path)
+    own = vision.processor(home).tokenizer
+    ids = own(SNOWMAN, add_special_tokens=False)["input_ids"]
+    text = Postprocess.load(home).full([own.bos_token_id, *ids, own.eos_token_id])
+    assert text == own.decode(ids, skip_special_tokens=True)
+    assert [each.text for each in read([text])[1]] == ["a snowman", "a fire"]
+    assert AnswerFormat.load(home).grid == GRID
 
 
 def test_the_grid_is_as_many_patches_as_there_are(tmp_path, caplog):

@@ -62,7 +62,7 @@ class RawProcessor:
     least_side: int | None = None  # the model is shown every pixel
 
     @classmethod
-    def load(cls, home: Path, *, trust_remote_code: bool = False) -> RawProcessor:
+    def load(cls, home: Path) -> RawProcessor:
         """From a prepared folder; a ValueError says what it lacks. No code of the folder is run."""
         return cls(Spelling.load(home))
 
