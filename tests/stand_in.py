@@ -50,6 +50,8 @@ class Inner(nn.Module):
             raise ValueError("reasoning was not asked for")
         if question.startswith("fail"):
             raise RuntimeError("the question failed")
+        if settings is not None and settings["variant"] is not None:  # as moondream2 reads it: not to be left out
+            raise ValueError("no variant was asked for")
         settings = settings or {{}}
         pieces = self.pieces(image, question, settings.get("max_tokens", 768), settings.get("temperature", 0.5))
         return {{"answer": pieces if stream else "".join(pieces)}}

@@ -102,7 +102,7 @@ def answer(engine, request):
 
 
 def wanted(model, text=TEXT, image=None, **given):
-    told = {"max_tokens": 500, "temperature": 0, **given}
+    told = {"max_tokens": 500, "temperature": 0, "variant": None, **given}
     return model.query(image=image, question=text, settings=told)["answer"]
 
 
@@ -240,7 +240,7 @@ class Oldest:
 
 
 @pytest.mark.parametrize(
-    ("older", "told"), [(Older(), "hm?(7,5)"), (Plain(), "hm?!"), (Oldest(), "hm? (7, 5) 500 hm?")]
+    ("older", "told"), [(Older(), "hm?(7,5)"), (Plain(), "hm?!"), (Oldest(), "hm? (7, 5) 633 hm?")]
 )
 def test_older_code_is_told_what_it_takes(older, told, home):
     (home / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -264,6 +264,15 @@ def test_max_tokens_is_counted_in_ids(model, engine):
     tokens, last = drain(engine)
     assert (len(tokens["a"]), last["a"].finish_reason) == (7, "length")
     assert Postprocess.of(stand_in.tokenizer()).full(tokens["a"]).rstrip("�") in wanted(model, image=picture())
+
+
+def test_a_model_that_counts_otherwise_is_cut_all_the_same():
+    def letters(asked):
+        yield from " the cat's red"[: asked.max_tokens]
+
+    driven = QueryEngine(letters, SPELLING, LIMITS)
+    assert answer(driven, asked("a", sampling=Sampling(max_tokens=4)))[1] == "length"
+    assert answer(driven, asked("a")) == (" the cat's red", "stop")
 
 
 def test_the_context_bounds_prompt_and_answer(home):

@@ -75,9 +75,10 @@ def load_query_engine(
 class _Job:
     """One request, from its submission to its last output. `left`: nobody waits for it any more."""
 
-    def __init__(self, request: Request, most: int) -> None:
+    def __init__(self, request: Request, most: int, asked: int) -> None:
         self.request = request
         self.most = most  # tokens
+        self.asked = asked  # of the model
         self.produced = 0
         self.left = False
 
@@ -107,7 +108,9 @@ class QueryEngine:
             raise ValueError(f"a request {request.id!r} is in flight already")
         room = max(0, self.limits.context - len(request.input_ids))
         wanted = request.sampling.max_tokens
-        job = _Job(request, room if wanted is None else min(wanted, room))
+        most = room if wanted is None else min(wanted, room)
+        # The model counts its own way, and does not say that it was cut: so that we see it, it may say a little more.
+        job = _Job(request, most, min(most + most // 4 + 8, room))
         with self._lock:
             self._jobs[request.id] = job
             heapq.heappush(self._waiting, (request.priority, next(self._numbers), job))
@@ -206,7 +209,7 @@ class QueryEngine:
             Question(
                 text=self._spelling.text(request.input_ids),
                 picture=None if pixels is None else Image.fromarray(np.ascontiguousarray(pixels)),
-                max_tokens=job.most,
+                max_tokens=job.asked,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed,

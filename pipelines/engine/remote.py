@@ -75,6 +75,7 @@ class _Query:
             "max_tokens": question.max_tokens,
             "temperature": question.temperature,
             "top_p": question.top_p,
+            "variant": None,  # the code of June 2025 fails without it; it is no adapter
         }
         offered = {"stream": True, "reasoning": False, "settings": settings}
         _seed(question)
