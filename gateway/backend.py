@@ -42,6 +42,7 @@ class Delta(NamedTuple):
     stages: Mapping[str, float] = _NO_STAGES  # ms by stage, in the last: for Server-Timing
     logprobs: Sequence[list[Entry]] = ()  # each text's, where they are asked for
     cached_tokens: int = 0  # of the prompt, set in the last
+    pictures: Sequence[tuple[int, int]] = ()  # width and height of each picture of the prompt, in the first
 
 
 class Stream(Protocol):

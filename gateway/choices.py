@@ -17,6 +17,7 @@ from gateway.backend import Delta, Stream
 from gateway.objects import Held
 from gateway.protocol import Operation
 from pipelines.answer import deltas as answer
+from pipelines.answer.boxes import BoxParser
 from pipelines.answer.parser import AnswerParser
 from pipelines.logprobs import Entry
 
@@ -76,7 +77,7 @@ class Choice:
 
 
 class ParsedChoice(Choice):
-    """One whose text holds more than content: reasoning, and calls."""
+    """One whose text holds more than content: reasoning, calls, and boxes in a picture."""
 
     def __init__(self, operation: Operation, index: int, parser: AnswerParser) -> None:
         super().__init__(operation, index)
@@ -86,6 +87,7 @@ class ParsedChoice(Choice):
 
     def push(self, delta: Delta) -> Sequence[str | Held]:
         """The entries of text that is held go out with what comes next."""
+        self._see(delta)
         pieces: list[str | Held] = []
         for text, entries in zip_longest(delta.texts, delta.logprobs, fillvalue=()):
             self._entries += entries
@@ -98,6 +100,7 @@ class ParsedChoice(Choice):
 
     def keep(self, delta: Delta) -> None:
         super().keep(delta)
+        self._see(delta)
         self._read += self._taken(self._parser.push("".join(delta.texts)))
         if delta.finish_reason:
             self._read += self._taken(self._parser.finish())
@@ -107,6 +110,10 @@ class ParsedChoice(Choice):
 
     def _held(self) -> Held:
         return {"message": objects.message(self._read)}
+
+    def _see(self, delta: Delta) -> None:
+        if delta.pictures and isinstance(self._parser, BoxParser):
+            self._parser.pictures = delta.pictures
 
     def _taken(self, deltas: list[answer.Delta]) -> list[answer.Delta]:
         self._called = self._called or any(isinstance(delta, answer.Call) for delta in deltas)

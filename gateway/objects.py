@@ -60,7 +60,10 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
 
 
 def message(deltas: Sequence[answer.Delta]) -> dict[str, Any]:
-    """An assistant's message of all that an answer came to. OpenAI: `content` is null where there is none but calls."""
+    """An assistant's message of all that an answer came to. OpenAI: `content` is null where there is none but calls.
+
+    `annotations` are OpenAI's too, of a type that is ours.
+    """
     content = "".join(delta.text for delta in deltas if isinstance(delta, answer.Content))
     reasoning = "".join(delta.text for delta in deltas if isinstance(delta, answer.Reasoning))
     calls = [delta for delta in deltas if isinstance(delta, answer.Call)]
@@ -71,7 +74,21 @@ def message(deltas: Sequence[answer.Delta]) -> dict[str, Any]:
         found["reasoning_content"] = reasoning
     if calls:
         found["tool_calls"] = [_call(call, _arguments(call, deltas)) for call in calls]
+    boxes = [box for delta in deltas if isinstance(delta, answer.Boxes) for box in delta.found]
+    if boxes:
+        found["annotations"] = [_annotation(box) for box in boxes]
     return found
+
+
+def _annotation(box: answer.Box) -> dict[str, Any]:
+    return {
+        "type": "bounding_box",
+        "text": box.text,
+        "start_index": box.start,
+        "end_index": box.end,
+        "box": list(box.pixels),
+        "image": box.picture,
+    }
 
 
 def _arguments(call: answer.Call, deltas: Sequence[answer.Delta]) -> str:
@@ -91,6 +108,10 @@ def message_delta(said: answer.Delta) -> dict[str, Any]:
         return {"reasoning_content": said.text}
     if isinstance(said, answer.Call):
         return {"tool_calls": [{"index": said.number, **_call(said, "")}]}
+    if isinstance(said, answer.Boxes):  # numbered like calls: clients add up a list's items by their index
+        return {
+            "annotations": [{"index": said.number + place, **_annotation(box)} for place, box in enumerate(said.found)]
+        }
     return {"tool_calls": [{"index": said.number, "function": {"arguments": said.text}}]}
 
 

@@ -117,7 +117,7 @@ def _visible(tokenizer: Tokenizer, keep: Collection[str]) -> Callable[[int], str
     return token
 
 
-def _byte_of() -> dict[str, int]:
+def letter_bytes() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte, the wrong way round (openai/gpt-2, `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
@@ -126,7 +126,7 @@ def _byte_of() -> dict[str, int]:
 
 
 def _lossy(token: Callable[[int], str | None]) -> Detokenizer:
-    byte_of = _byte_of()
+    byte_of = letter_bytes()
 
     def make(token_id: int) -> Entry:
         content = token(token_id)

@@ -33,7 +33,24 @@ class Arguments(NamedTuple):
     text: str
 
 
-Delta = Content | Reasoning | Call | Arguments
+class Box(NamedTuple):
+    """What the content from `start` to `end` names is in these pixels of a picture: x1, y1, x2, y2."""
+
+    text: str
+    start: int
+    end: int
+    pixels: tuple[int, int, int, int]
+    picture: int
+
+
+class Boxes(NamedTuple):
+    """Those of one phrase. `number` counts the answer's boxes, from 0: that of the first of these."""
+
+    number: int
+    found: tuple[Box, ...]
+
+
+Delta = Content | Reasoning | Call | Arguments | Boxes
 
 
 def new_call_id() -> str:
@@ -45,12 +62,12 @@ def merged(deltas: Iterable[Delta]) -> list[Delta]:
     found: list[Delta] = []
     for delta in deltas:
         last = found[-1] if found else None
-        if isinstance(delta, Call):
+        if isinstance(delta, Call | Boxes):
             found.append(delta)
         elif not delta.text:
             continue
-        elif last is not None and not isinstance(last, Call) and delta[:-1] == last[:-1] and type(delta) is type(last):
-            found[-1] = last._replace(text=last.text + delta.text)
+        elif isinstance(last, type(delta)) and delta[:-1] == last[:-1]:
+            found[-1] = delta._replace(text=last.text + delta.text)
         else:
             found.append(delta)
     return found

@@ -1,18 +1,18 @@
 """What a model's answers look like: found from its chat template, for whose markers the families are known.
 
 For a family not known here, it is what the tokenizer declares. Failing that, or where the template knows no tools, it
-is `PLAIN`: the tools are described in words then (`pipelines.prompt`), and called as Hermes does. Knows no tokenizer
-and no messages.
+is `PLAIN`: the tools are described in words then (`pipelines.prompt`), and called as Hermes does. Whether a model says
+where in a picture things are is in its vocabulary (`answer.boxes`). Knows no tokenizer and no messages.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipelines.answer import calls
+from pipelines.answer import boxes, calls
 from pipelines.answer.declared import Declared, DeclaredParser
 from pipelines.answer.parser import AnswerParser, Parser, ReadCall
 from pipelines.errors import StageError
@@ -96,6 +96,7 @@ class AnswerFormat:
     """`native`: the template itself shows the tools, and calls in messages. `opened`: the prompt ends in reasoning.
 
     `declared` is the tokenizer's word, with what the prompt holds of the answer; a grammar still goes by `family`.
+    `grid`: how many patches a side of a picture has, for a model that says where in it things are; else 0.
     """
 
     family: Family = PLAIN
@@ -105,11 +106,12 @@ class AnswerFormat:
     marks: frozenset[str] = field(default_factory=frozenset)
     declared: Declared | None = None
     prefill: str = ""
+    grid: int = 0
 
     @classmethod
     def load(cls, home: Path) -> AnswerFormat:
         """Of a prepared folder."""
-        return cls.of(ChatTemplate.load(home))
+        return cls.of(ChatTemplate.load(home)).grounded(home)
 
     @classmethod
     def of(cls, template: ChatTemplate | None) -> AnswerFormat:
@@ -127,8 +129,17 @@ class AnswerFormat:
         marks = {*(family.marks if family else ()), *(mark.strip() for mark in think or ())}
         return cls(family or PLAIN, family is not None, think, _ends_in(prompt, think), frozenset(marks))
 
+    def grounded(self, home: Path) -> AnswerFormat:
+        """The same, with what the folder's vocabulary says of boxes."""
+        grid = boxes.grid_of(home)
+        return replace(self, grid=grid, marks=self.marks | boxes.marks(grid)) if grid else self
+
     def parser(self, tools: Tools | None, *, shaped: bool = False) -> AnswerParser | None:
         """For one answer; None where its text is its content. `shaped`: a grammar holds it (`answer.grammar`)."""
+        inner = self._parser(tools, shaped)
+        return boxes.BoxParser(self.grid, inner) if self.grid else inner
+
+    def _parser(self, tools: Tools | None, shaped: bool) -> AnswerParser | None:
         functions = tools.callable if tools else ()
         if self.declared and not (functions and shaped):
             schemas = {function.name: function.parameters for function in functions}
