@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from pipelines.answer.formats import AnswerFormat
 from pipelines.pipeline import Pipeline
-from pipelines.template import ChatTemplate
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class Formats:
 
 def _load(pipeline: Pipeline) -> AnswerFormat:
     try:
-        return AnswerFormat.of(ChatTemplate.load(pipeline.home, pipeline.chat_template))
+        return AnswerFormat.load(pipeline.home, pipeline.chat_template)
     except (OSError, ValueError) as error:  # its preprocess does not load either, and says so
         log.warning("the answers of %s are taken for plain text: %s", pipeline.name, error)
         return AnswerFormat()
