@@ -7,7 +7,7 @@ PYTHON ?= $(shell for newest in 12 13; do for p in python3 python3.12 python3.11
 VENV ?= .venv
 PORT ?= 8080
 GRPC_PORT ?= 8001
-PIPELINE ?= smollm2-135m-instruct
+PIPELINE ?=
 
 .PHONY: setup serve test lint bench clean
 

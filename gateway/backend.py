@@ -25,7 +25,7 @@ class Submission:
     id: str  # unique among live requests, made from the x-request-id
     pipeline: str
     inputs: Mapping[
-        str, str | list[int]
+        str, str | bytes | list[int]
     ]  # {"messages": json[, "tools": json]}, {"text": raw} or {"text_ids": token ids}
     sampling: str  # Sampling.to_json()
     traceparent: str | None

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from gateway.settings import Settings, SettingsError
-from pipelines.pipeline import DEFAULT, CatalogError, Pipeline, get_pipeline, load_catalog
+from pipelines.pipeline import DEFAULTS, CatalogError, Pipeline, get_pipeline, load_catalog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def _serve(options: argparse.Namespace) -> int:
     from gateway.triton import TritonError
 
     try:
-        return serve(_settings(options), [get_pipeline(name) for name in options.pipeline or [DEFAULT]])
+        return serve(_settings(options), [get_pipeline(name) for name in options.pipeline or DEFAULTS])
     except TritonError as error:
         return _say(error)
 
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--triton-grpc-port", type=int, help="Triton's gRPC port (8001); HTTP is the one below, metrics the one above"
     )
     serve.add_argument(
-        "--pipeline", action="append", metavar="NAME", help=f"a pipeline to serve, repeatable ({DEFAULT})"
+        "--pipeline", action="append", metavar="NAME", help=f"a pipeline to serve, repeatable ({', '.join(DEFAULTS)})"
     )
     serve.set_defaults(run=_serve)
 

@@ -22,11 +22,13 @@ def header(scope: Scope, name: bytes) -> str:
     return ""
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body. One announced or found to be longer than `limit` is a 413; no more of it is read."""
+async def read_body(scope: Scope, receive: Receive, limit: int, setting: str) -> bytes:
+    """The whole body. One announced or found to be longer than `limit` is a 413, which names the `setting` that says
+    so; no more of it is read.
+    """
     announced = header(scope, b"content-length")
     if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit)
+        raise too_large("The request body", limit, setting)
     parts: list[bytes] = []
     size = 0
     while True:
@@ -36,7 +38,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         part: bytes = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise _too_large(limit)
+            raise too_large("The request body", limit, setting)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -65,5 +67,6 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
+def too_large(what: str, limit: int, setting: str) -> ApiError:
+    message = f"{what} is larger than the {limit} bytes that are taken (the server's {setting})."
+    return ApiError(413, message, code="request_too_large")

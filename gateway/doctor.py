@@ -15,6 +15,8 @@ from gateway.triton import TritonError, backend_directory, libpython, port_is_fr
 from pipelines.pipeline import cache_dir
 
 _SHM_NEEDED_MB = 128  # four stubs with 16 MB each, and room to grow
+# Three stubs keep as much as the largest pictures in flight at once became: 50 MB of features, three times 80 MB.
+_SHM_FOR_PICTURES_MB = 1024
 
 
 class Failed(Exception):
@@ -81,7 +83,8 @@ def check_shm() -> str:
     free = shutil.disk_usage(folder).free // 2**20
     if free < _SHM_NEEDED_MB:
         raise Failed(f"/dev/shm has {free} MB free, {_SHM_NEEDED_MB} are needed: enlarge it (docker: --shm-size=1g).")
-    return f"{free} MB free"
+    enough = "" if free >= _SHM_FOR_PICTURES_MB else f"; with large pictures {_SHM_FOR_PICTURES_MB} may be needed"
+    return f"{free} MB free{enough}"
 
 
 def check_cache() -> str:

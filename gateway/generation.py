@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import orjson
 from starlette.responses import Response
@@ -14,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from gateway import objects, protocol
 from gateway.backend import Backend, Stream, Submission
 from gateway.choices import Choice, Merged, ParsedChoice, Totals
-from gateway.connection import header, read_body, while_connected
+from gateway.connection import header, read_body, too_large, while_connected
 from gateway.errors import ApiError, Failure, failure_of, log_failure
 from gateway.objects import Head
 from gateway.protocol import GenerationRequest, Operation
@@ -23,9 +25,11 @@ from gateway.sse import Events, Written, write_stream
 from gateway.state import state_of
 from pipelines.answer.formats import AnswerFormat
 from pipelines.errors import StageError
+from pipelines.messages import check_count, image_parts
 from pipelines.terms import Terms
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+_LARGE_BODY = 1024 * 1024
 _TRACED_CHOICES = 2  # whose stages are in the trace: with all of them it would not fit on a screen
 _PROCESS = os.urandom(4).hex()
 _COUNT = itertools.count()
@@ -42,13 +46,29 @@ class Generation:
         began = time.monotonic()
         with Report(scope, self.operation) as report:
             timeout_ms = _timeout_ms(scope, state["settings"].max_timeout_ms)
-            body = await read_body(scope, receive, state["settings"].max_body_bytes)
-            request = protocol.parse_request(self.operation, body, state["settings"].max_choices)
-            if request.model not in state["backend"].pipelines():
-                raise model_not_found(request.model)
+            request = await self._request(scope, receive)
             report.served(request)
             deadline = _Deadline(Terms(request.priority, timeout_ms), began)
             await while_connected(receive, self._serve(request, deadline, report, scope, receive, send))
+
+    async def _request(self, scope: Scope, receive: Receive) -> GenerationRequest:
+        """Read, parsed, and possible for the pipeline that it names."""
+        settings, pipelines = state_of(scope)["settings"], state_of(scope)["backend"].pipelines()
+        limit, setting = settings.max_body_bytes, "TRIPTYCH_MAX_BODY_BYTES"
+        if any(pipeline.takes_images for pipeline in pipelines.values()):
+            limit, setting = limit + settings.max_image_bytes, f"{setting} and TRIPTYCH_MAX_IMAGE_BYTES"
+        body = await read_body(scope, receive, limit, setting)
+        # To parse tens of megabytes takes tens of milliseconds, in which nobody else would be served.
+        parse = asyncio.to_thread if len(body) > _LARGE_BODY else _at_once
+        request = await parse(protocol.parse_request, self.operation, body, settings.max_choices)
+        pictures = sum(len(image.url) for image in image_parts(request.messages))
+        if len(body) - pictures > settings.max_body_bytes:
+            what = "The request body without its pictures"
+            raise too_large(what, settings.max_body_bytes, "TRIPTYCH_MAX_BODY_BYTES")
+        if request.model not in pipelines:
+            raise model_not_found(request.model)
+        check_count(request.messages, pipelines[request.model].max_images)
+        return replace(request, messages=())  # its pictures are large, and need not be held twice until the answer ends
 
     async def _serve(
         self,
@@ -163,6 +183,12 @@ class _Deadline:
     def left_s(self) -> float | None:
         timeout_ms = self.left().timeout_ms
         return None if timeout_ms is None else timeout_ms / 1000
+
+
+async def _at_once(
+    parse: Callable[[Operation, bytes, int], GenerationRequest], operation: Operation, body: bytes, max_choices: int
+) -> GenerationRequest:
+    return parse(operation, body, max_choices)
 
 
 async def _submit(backend: Backend, submissions: Sequence[Submission]) -> list[Stream]:

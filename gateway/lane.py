@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from gateway.backend import Delta, Submission
+from gateway.infer_request import request_bytes
 from observability import metrics
 from pipelines import contracts, wire
 from pipelines.chat import Event
@@ -32,7 +32,7 @@ ROTATE_AFTER = 1000  # messages: a response stream that never ends grows the ser
 SILENT_S = 5.0  # a lane without a message for so long is dead; a heartbeat comes ten times as often
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
-_MAX_MESSAGE = 64 * 1024 * 1024
+_MAX_MESSAGE = 2**31 - 1  # gRPC's own limit: how large a request may be is the gateway's to say (`Settings`)
 # gRPC's own wait between attempts grows to two minutes; a restarted Triton is back in seconds.
 RECONNECT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -75,6 +75,7 @@ class LaneStream:
             delta = later._replace(
                 texts=delta.texts + later.texts,
                 prompt_tokens=delta.prompt_tokens or later.prompt_tokens,
+                pictures=delta.pictures or later.pictures,
                 logprobs=_side_by_side(delta, later) if delta.logprobs or later.logprobs else (),
             )
         return delta
@@ -89,8 +90,10 @@ class LaneStream:
             self.fail(event.error)
             return
         self._ended = bool(event.finish_reason)
-        _, texts, reason, prompt_tokens, completion_tokens, stages, _, logprobs, cached_tokens = event
-        self._deltas.append(Delta(texts, reason, prompt_tokens, completion_tokens, stages, logprobs, cached_tokens))
+        _, texts, reason, prompt_tokens, completion_tokens, stages, _, logprobs, cached_tokens, pictures = event
+        self._deltas.append(
+            Delta(texts, reason, prompt_tokens, completion_tokens, stages, logprobs, cached_tokens, pictures)
+        )
         self._notify()
 
     def fail(self, error: StageError) -> None:
@@ -111,12 +114,12 @@ class Lane:
     """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
 
     def __init__(
-        self, pipeline: Pipeline, stub: Any, accept_timeout_s: float, on_unhealthy: Callable[[str, str], None]
+        self, pipeline: Pipeline, infer: Any, accept_timeout_s: float, on_unhealthy: Callable[[str, str], None]
     ) -> None:
         self.pipeline = pipeline
         self._on_unhealthy = on_unhealthy
         self._accept_timeout_s = accept_timeout_s
-        self._stub = stub
+        self._infer = infer
         self._model = contracts.model_name(pipeline.name, "orchestrator")
         self._listener = f"gateway-{os.getpid()}-{os.urandom(4).hex()}"
         self._streams: dict[str, LaneStream] = {}
@@ -180,7 +183,7 @@ class Lane:
         """Open the lane and read it to its end; answers why it ended."""
         self._out, self._messages = asyncio.Queue(), 0
         self._open()
-        call = self._stub.ModelStreamInfer(self._requests(self._out))
+        call = self._infer(self._requests(self._out))
         try:
             while True:
                 response = await asyncio.wait_for(call.read(), SILENT_S)
@@ -209,23 +212,9 @@ class Lane:
         self._send("", {"listener": self._listener, contracts.OPERATION: "cancel", "id": id})
 
     def _send(
-        self, id: str, parameters: Mapping[str, str | int], inputs: Mapping[str, str | list[int]] | None = None
+        self, id: str, parameters: Mapping[str, str | int], inputs: Mapping[str, str | bytes | list[int]] | None = None
     ) -> None:
-        request = service_pb2.ModelInferRequest(model_name=self._model, id=id)
-        for key, value in parameters.items():
-            if isinstance(value, str):
-                request.parameters[key].string_param = value
-            else:
-                request.parameters[key].int64_param = value
-        for name, given in (inputs or {}).items():
-            if isinstance(given, str):
-                request.inputs.add(name=name, datatype="BYTES", shape=[1])
-                data = given.encode()
-                request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
-            else:
-                request.inputs.add(name=name, datatype="INT64", shape=[len(given)])
-                request.raw_input_contents.append(struct.pack(f"<{len(given)}q", *given))
-        self._out.put_nowait(request)
+        self._out.put_nowait(request_bytes(self._model, id, parameters, inputs or {}))
 
     def _take(self, response: Any) -> None:
         """One response: a lane message, or the error of one of our requests."""
@@ -287,9 +276,13 @@ class Lanes:
             *RECONNECT,
         ]
         self._channel = grpc.aio.insecure_channel(self._target, options=options)
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # The method of the generated stub, whose requests are written before they come to it.
+        infer = self._channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
         self._lanes = {
-            name: Lane(pipeline, stub, self._accept_timeout_s, self._unhealthy)
+            name: Lane(pipeline, infer, self._accept_timeout_s, self._unhealthy)
             for name, pipeline in self._pipelines.items()
         }
         self._tasks = [asyncio.create_task(lane.run(), name=f"lane {name}") for name, lane in self._lanes.items()]

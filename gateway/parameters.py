@@ -6,8 +6,8 @@ at an endpoint gets its one shape here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
@@ -17,13 +17,14 @@ from pipelines.terms import MAX_PRIORITY, whole_number
 
 MAX_DEPTH = 100  # of nested arrays and objects in a body; orjson itself stops at 1024
 MAX_COMPLETION_LOGPROBS = 5  # OpenAI, completions, logprobs: "The maximum value for `logprobs` is 5"
+_SHORT_BODY = 1024 * 1024  # where to count brackets is cheaper than to walk; longer ones have pictures in them
 _MAX_SHOWN = 80  # characters of a client's own word in a message
 _MAX_METADATA = 16  # OpenAI: "Set of 16 key-value pairs"; keys up to 64 characters, values up to 512
 _MAX_METADATA_KEY = 64
 _MAX_METADATA_VALUE = 512
 
 Inputs: TypeAlias = Mapping[
-    str, "str | list[int]"
+    str, "str | bytes | list[int]"
 ]  # the orchestrator's: {"messages": json}, {"text": …}, {"text_ids": …}
 
 # OpenAI's parameters that are taken with these values only, which say what is so anyway.
@@ -44,24 +45,33 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise StageError(f"The request body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise StageError("The request body must be a JSON object.")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
+    shallow = len(body) <= _SHORT_BODY and body.count(b"[") + body.count(b"{") <= MAX_DEPTH
+    if not shallow and deeper_than(value, MAX_DEPTH):
         raise StageError(f"The request body is nested more than {MAX_DEPTH} levels deep.")
     return value
 
 
-def chat_prompts(given: Mapping[str, Any]) -> list[Inputs]:
+class Prompts(NamedTuple):
+    """What a body asks to be continued, and the messages of a chat, parsed."""
+
+    inputs: list[Inputs]
+    messages: Sequence[Mapping[str, Any]] = ()
+
+
+def chat_prompts(given: Mapping[str, Any]) -> Prompts:
     if given.get("messages") is None:
         raise missing("messages")
-    return [{"messages": orjson.dumps(parse_messages(given["messages"])).decode()}]
+    messages = parse_messages(given["messages"])
+    return Prompts([{"messages": orjson.dumps(messages)}], messages)
 
 
-def completion_prompts(given: Mapping[str, Any]) -> list[Inputs]:
+def completion_prompts(given: Mapping[str, Any]) -> Prompts:
     """OpenAI, prompt: "encoded as a string, array of strings, array of tokens, or array of token arrays"."""
     prompt = given.get("prompt")
     if prompt is None:
         raise missing("prompt")
     several = isinstance(prompt, list) and bool(prompt) and not _is_id(prompt[0])
-    return [_prompt(one) for one in (prompt if several else [prompt])]
+    return Prompts([_prompt(one) for one in (prompt if several else [prompt])])
 
 
 def _prompt(prompt: Any) -> Inputs:

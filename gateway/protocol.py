@@ -14,7 +14,7 @@ from typing import Any
 
 from gateway import objects, parameters
 from gateway.objects import Head, Held
-from gateway.parameters import Inputs, parse_object
+from gateway.parameters import Inputs, Prompts, parse_object
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
 from pipelines.sampling import Sampling
@@ -58,6 +58,7 @@ class GenerationRequest:
     model: str
     prompts: Sequence[Inputs]
     sampling: Sampling
+    messages: Sequence[Mapping[str, Any]] = ()  # of a chat, parsed: what is in `prompts`
     tools: Tools | None = None
     n: int = 1
     priority: int = 0
@@ -98,7 +99,7 @@ class Operation:
     path: str
     id_prefix: str
     parameters: frozenset[str]
-    prompts: Callable[[Mapping[str, Any]], Sequence[Inputs]]
+    prompts: Callable[[Mapping[str, Any]], Prompts]
     sampling: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # what has another shape here, and defaults
     object: str
     chunk_object: str
@@ -167,7 +168,7 @@ def parse_request(operation: Operation, body: bytes, max_choices: int = MAX_CHOI
             raise parameters.unsupported(name)
     parameters.refuse_all_but_harmless(given)
     stream = parameters.boolean(given, "stream")
-    prompts = operation.prompts(given)
+    prompts, messages = operation.prompts(given)
     tools = parse_tools(given) if operation.takes_tools else None
     if tools and tools.callable:
         prompts = [{**prompt, "tools": tools.to_json()} for prompt in prompts]
@@ -176,6 +177,7 @@ def parse_request(operation: Operation, body: bytes, max_choices: int = MAX_CHOI
         model=model,
         prompts=prompts,
         sampling=Sampling.parse({**sampling, **operation.sampling(given)}),
+        messages=messages,
         tools=tools,
         n=parameters.choices(given, len(prompts), max_choices),
         priority=parameters.priority(given),

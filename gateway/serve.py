@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import uvicorn
 import uvloop
 
 from gateway.app import create_app
+from gateway.greeting import greeting
 from gateway.lane import Lanes
 from gateway.settings import Settings
 from gateway.supervisor import Supervisor
@@ -74,7 +74,7 @@ def _pull(pipeline: Pipeline) -> None:
 def _triton(settings: Settings, pipelines: Sequence[Pipeline]) -> Triton:
     port = int(settings.triton_grpc.rpartition(":")[2])
     folder = cache_dir() / "model_repository" / str(port)  # of this server alone: another may serve others
-    repositories = prepare([pipeline.name for pipeline in pipelines], folder)
+    repositories = prepare(pipelines, folder)
     # Loading an ensemble loads its members; the orchestrator comes after them, since it calls them.
     load = [model_name(pipeline.name, model) for model in ("ensemble", "orchestrator") for pipeline in pipelines]
     models = [model_name(pipeline.name, model) for model in MODELS for pipeline in pipelines]
@@ -128,14 +128,4 @@ async def _greet(server: uvicorn.Server, settings: Settings, pipelines: Sequence
     """Say so once everything answers."""
     while not (server.started and all(lanes.ready(pipeline.name) for pipeline in pipelines)):
         await asyncio.sleep(0.05)
-    print(_greeting(settings, pipelines[0].name), flush=True)
-
-
-def _greeting(settings: Settings, pipeline: str) -> str:
-    question = {"role": "user", "content": "What is the capital of France?"}
-    chat = json.dumps({"model": pipeline, "messages": [question], "temperature": 0})
-    return (
-        f"\nTriptych serves {pipeline} on http://{settings.host}:{settings.port}. Try:\n\n"
-        f"curl http://{settings.host}:{settings.port}/v1/chat/completions"
-        f" -H 'content-type: application/json' -d '{chat}'\n"
-    )
+    print(greeting(f"http://{settings.host}:{settings.port}", pipelines), flush=True)

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.lane import RECONNECT, Lanes
 from gateway.triton import Stub, Triton, TritonError
-from pipelines.contracts import MODELS, model_name
+from pipelines.contracts import ENSEMBLE, MODELS, model_name
 from pipelines.errors import StageError
 from pipelines.pipeline import Pipeline
 
@@ -40,10 +40,10 @@ class Supervisor:
         self._owners = {
             model_name(pipeline.name, model): (pipeline.name, model)
             for pipeline in pipelines
-            for model, spec in MODELS.items()
-            if not spec.steps
+            for model in MODELS
+            if model != ENSEMBLE
         }
-        self._watched: dict[str, Stub] = {}
+        self._watched: dict[str, Stub] = {}  # by region: a model may have several processes
         self._repairs: dict[str, asyncio.Task[None]] = {}
         self._broken: dict[str, set[str]] = {}  # by pipeline, the models to bring back
         self._control: Any = None
@@ -51,10 +51,14 @@ class Supervisor:
 
     def end(self, pipeline: str, stage: str) -> None:
         """A stub that Triton finds unhealthy answers no more: it is ended, and then replaced like a dead one."""
-        if stub := self._watched.get(model_name(pipeline, stage)):
+        for stub in self._stubs_of(pipeline, stage):
             log.error("stage %s of %s does not answer", stage, pipeline, extra={"pipeline": pipeline, "stage": stage})
             with contextlib.suppress(ProcessLookupError):
                 os.kill(stub.pid, signal.SIGKILL)
+
+    def _stubs_of(self, pipeline: str, stage: str) -> list[Stub]:
+        name = model_name(pipeline, stage)
+        return [stub for stub in self._watched.values() if stub.model == name]
 
     async def run(self) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._triton.grpc_port}", RECONNECT) as channel:
@@ -90,8 +94,8 @@ class Supervisor:
     def _watch(self) -> None:
         """A descriptor of each stub's process becomes readable when it ends: no polling, no reused pid."""
         for stub in self._triton.stubs():
-            if stub.model in self._owners and stub.model not in self._watched:
-                self._watched[stub.model] = stub
+            if stub.model in self._owners and stub.region not in self._watched:
+                self._watched[stub.region] = stub
                 asyncio.get_running_loop().add_reader(stub.descriptor, self._died, stub)
             else:
                 os.close(stub.descriptor)
@@ -110,7 +114,7 @@ class Supervisor:
 
     def _died(self, stub: Stub) -> None:
         self._forget(stub)
-        del self._watched[stub.model]
+        del self._watched[stub.region]
         stub.remove_shm()
         if not self._triton.running():
             return  # the whole server went: not ours to mend
@@ -130,7 +134,7 @@ class Supervisor:
     async def _repair(self, pipeline: str) -> None:
         """Until everything broken is loaded anew; more may break meanwhile."""
         for attempt in itertools.count():
-            models = sorted(self._broken[pipeline], key=list(MODELS).index)  # the orchestrator last
+            models = sorted(self._broken[pipeline], key=MODELS.index)  # the orchestrator last
             try:
                 await self._reload(pipeline, models)
             except (grpc.RpcError, StageError) as error:
@@ -140,7 +144,7 @@ class Supervisor:
                 await asyncio.sleep(delay)
                 continue
             self._watch()
-            self._broken[pipeline] -= {model for model in models if model_name(pipeline, model) in self._watched}
+            self._broken[pipeline] -= {model for model in models if self._stubs_of(pipeline, model)}
             if not self._broken[pipeline]:
                 break
         del self._repairs[pipeline]
@@ -149,7 +153,7 @@ class Supervisor:
 
     async def _reload(self, pipeline: str, models: list[str]) -> None:
         for model in models:
-            if stub := self._watched.get(model_name(pipeline, model)):
+            for stub in self._stubs_of(pipeline, model):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(stub.pid, signal.SIGKILL)  # `_died` then adds nothing that is not here
         for model in models:

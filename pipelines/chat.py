@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from pipelines import terms
 from pipelines.errors import StageError
@@ -20,6 +20,8 @@ from pipelines.sampling import Sampling
 from pipelines.terms import Terms
 
 if TYPE_CHECKING:  # not for the sake of a name: postprocess needs no engine
+    import numpy as np
+
     from pipelines.engine import Logprob
     from pipelines.generate import Poll, Row
     from pipelines.logprobs import Entry
@@ -60,7 +62,8 @@ class Text(NamedTuple):
 class Event(NamedTuple):
     """What a listener hears of one request. The first carries `prompt_tokens`, the last `finish_reason` or `error`.
 
-    `logprobs` are the entries of each of the texts, where they are asked for.
+    `pictures` come with the first: the width and height of each that the prompt has. `logprobs` are the entries of
+    each of the texts, where they are asked for.
     """
 
     id: str
@@ -72,6 +75,7 @@ class Event(NamedTuple):
     error: StageError | None = None
     logprobs: Sequence[list[Entry]] = ()
     cached_tokens: int = 0
+    pictures: Sequence[tuple[int, int]] = ()
 
     @property
     def last(self) -> bool:
@@ -83,17 +87,26 @@ def finish_reason_of(engines: str, stopped: bool) -> str:
     return "stop" if stopped and engines == "length" else engines
 
 
-Inputs: TypeAlias = "Mapping[str, str | Sequence[int]]"  # by tensor: text, or ids
+Inputs: TypeAlias = "Mapping[str, str | Sequence[int] | np.ndarray[Any, Any]]"  # by tensor: text, ids, or an image
+
+
+class Prompt(NamedTuple):
+    """What preprocess makes of a request. `features` are what generate takes of its pictures, which are nothing to
+    whoever hands them on; `pictures` are the sizes of those, width and height.
+    """
+
+    input_ids: Sequence[int]
+    sampling: str
+    features: object | None = None
+    pictures: Sequence[tuple[int, int]] = ()
 
 
 class Stages(Protocol):
     """The three stages, as this module calls them. Each raises StageError."""
 
-    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> tuple[Sequence[int], str]: ...
+    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> Prompt: ...
 
-    def submit(
-        self, id: str, input_ids: Sequence[int], sampling: str, asked: Terms, traceparent: str | None
-    ) -> None: ...
+    def submit(self, id: str, prompt: Prompt, asked: Terms, traceparent: str | None) -> None: ...
 
     def poll(self, wait_s: float) -> Poll: ...
 
@@ -133,6 +146,7 @@ class _Live:
     traceparent: str | None = None
     admitted: float = field(default_factory=time.monotonic)
     prompt_tokens: int = 0
+    pictures: Sequence[tuple[int, int]] = ()
     announced: bool = False
     cancelled: bool = False
     completion_tokens: int = 0
@@ -191,11 +205,12 @@ class Chat:
             return
         try:
             started = time.perf_counter()
-            input_ids, resolved = self._stages.preprocess(inputs, sampling, live.traceparent)
+            prompt = self._stages.preprocess(inputs, sampling, live.traceparent)
             live.preprocess_ms = (time.perf_counter() - started) * 1e3
-            live.stop, live.prompt_tokens = Sampling.from_json(resolved).stop, len(input_ids)
+            live.stop, live.prompt_tokens = Sampling.from_json(prompt.sampling).stop, len(prompt.input_ids)
+            live.pictures = prompt.pictures
             left = asked.after(time.monotonic() - live.admitted)
-            self._stages.submit(handle, input_ids, resolved, left, live.traceparent)
+            self._stages.submit(handle, prompt, left, live.traceparent)
         except StageError as error:
             with self._lock:
                 self._live.pop(handle, None)
@@ -208,7 +223,7 @@ class Chat:
                 self._stages.cancel(handle)
             elif announce:
                 # It goes with the first token, or with the next heartbeat: not worth a message of its own.
-                live.sink.push(Event(live.id, [], prompt_tokens=live.prompt_tokens))
+                live.sink.push(Event(live.id, [], prompt_tokens=live.prompt_tokens, pictures=live.pictures))
 
     def cancel(self, handle: str) -> None:
         """Stop a request; nothing more is sent of it."""
@@ -275,8 +290,10 @@ class Chat:
         elif row.finish_reason == "timeout":
             error = terms.time_is_up("generate")
         texts, logprobs = (text.texts, text.logprobs) if isinstance(text, Text) else ([], ())
+        pictures = live.pictures if first else ()
         if not (row.finish_reason or error):
-            return Event(live.id, texts, prompt_tokens=live.prompt_tokens if first else 0, logprobs=logprobs)
+            prompt_tokens = live.prompt_tokens if first else 0
+            return Event(live.id, texts, prompt_tokens=prompt_tokens, logprobs=logprobs, pictures=pictures)
         self._end(row, live)
         stopped = isinstance(text, Text) and text.stopped
         reason = "" if error else finish_reason_of(row.finish_reason, stopped)
@@ -290,6 +307,7 @@ class Chat:
             error,
             logprobs,
             live.cached_tokens,
+            pictures,
         )
 
     def _end(self, row: Row, live: _Live) -> None:

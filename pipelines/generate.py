@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from observability import tracing
 from pipelines import terms
@@ -24,6 +24,9 @@ from pipelines.errors import StageError
 from pipelines.sampling import Sampling
 from pipelines.structure import Structure
 from pipelines.terms import Terms
+
+if TYPE_CHECKING:
+    from pipelines.images.features import Features
 
 # What a poll carries at most, shared by its requests; the rest waits for the next poll, a millisecond later. It
 # bounds a message, and with it the time a request waits behind others, when an engine outruns its reader by far.
@@ -64,9 +67,9 @@ class Poll:
 
 @dataclass
 class _Work:
-    """A request between its submission and its last token."""
+    """A request between its submission and its last token. What it brought is the engine's: pictures are large."""
 
-    request: Request
+    prompt_tokens: int
     name: str  # what cancel calls it
     traceparent: str | None
     answer: Callable[[Answer | StageError], None] | None  # None: the mailbox
@@ -147,6 +150,7 @@ class Generate:
         name: str = "",
         asked: Terms = terms.DEFAULT,
         traceparent: str | None = None,
+        features: Features | None = None,
     ) -> None:
         """Continue `input_ids`; `answer` is called once, from the sender thread, when all is generated."""
         if sampling.logprobs:
@@ -156,7 +160,7 @@ class Generate:
                 param="logprobs",
                 stage="generate",
             )
-        self._enqueue(input_ids, sampling, f"unary-{next(self._numbers)}", name, asked, traceparent, answer)
+        self._enqueue(input_ids, sampling, f"unary-{next(self._numbers)}", name, asked, traceparent, answer, features)
 
     def submit(
         self,
@@ -166,11 +170,12 @@ class Generate:
         *,
         asked: Terms = terms.DEFAULT,
         traceparent: str | None = None,
+        features: Features | None = None,
     ) -> None:
         """Continue `input_ids`, into the mailbox."""
         if id in self._works:
             raise StageError(f"request {id!r} is running already", code="internal", stage="generate")
-        self._enqueue(input_ids, sampling, id, id, asked, traceparent, None)
+        self._enqueue(input_ids, sampling, id, id, asked, traceparent, None, features)
 
     def cancel(self, name: str) -> int:
         """Stop every request of this name; answers how many there were."""
@@ -212,13 +217,15 @@ class Generate:
         asked: Terms,
         traceparent: str | None,
         answer: Callable[[Answer | StageError], None] | None,
+        features: Features | None,
     ) -> None:
         stops_at = self._stop_checker(sampling.stop) if sampling.stop else None
         structure = sampling.response_format
         constraint = self._constraint(structure) if structure and self._constraint else None
         deadline = None if asked.timeout_ms is None else time.monotonic() + asked.timeout_ms / 1000
-        request = Request(id, input_ids, sampling, stops_at, constraint, asked.priority, deadline)
-        work = _Work(request, name, traceparent, answer, self._now_ns())
+        arrays, identity = (features.arrays, features.identity) if features else (None, None)
+        request = Request(id, input_ids, sampling, stops_at, constraint, asked.priority, deadline, arrays, identity)
+        work = _Work(len(input_ids), name, traceparent, answer, self._now_ns())
         with self._lock:
             if self._closing:
                 raise StageError("generate is shutting down", code="unavailable", stage="generate")
@@ -236,8 +243,8 @@ class Generate:
                     return
                 commands, self._commands = self._commands, deque()
             try:
-                for verb, argument in commands:
-                    getattr(self._engine, verb)(argument)
+                while commands:  # left here, the last request's pictures would stay until the next one comes
+                    self._obey(*commands.popleft())
                 started_ns = self._now_ns()
                 outputs = self._engine.step()
             except Exception as error:  # the engine is broken: every request on it is told, and the next may try
@@ -249,6 +256,9 @@ class Generate:
                     self._deliver(outputs, started_ns)
                 elif (idle_s := self._engine.idle_s) > 0 and not self._commands:
                     self._work_to_do.wait(idle_s)
+
+    def _obey(self, verb: str, argument: Any) -> None:
+        getattr(self._engine, verb)(argument)
 
     def _deliver(self, outputs: list[Output], started_ns: int) -> None:
         """Under the lock: what a step produced goes to each request's work, and that to its reader."""
@@ -352,7 +362,7 @@ def _trace(work: _Work) -> None:
     prefill_ns, first_ns = work.prefill_ns or work.last_ns, work.first_ns or work.last_ns
     attributes = {
         "triptych.finish_reason": work.finish_reason,
-        "gen_ai.usage.input_tokens": len(work.request.input_ids),
+        "gen_ai.usage.input_tokens": work.prompt_tokens,
         "gen_ai.usage.output_tokens": work.produced,
         "gen_ai.usage.cache_read.input_tokens": work.cached_tokens,
     }
@@ -363,9 +373,7 @@ def _trace(work: _Work) -> None:
         span.error("timeout")
     tracing.record("queue", span, work.arrived_ns, prefill_ns)
     if work.first_ns:
-        tracing.record(
-            "prefill", span, prefill_ns, first_ns, {"gen_ai.usage.input_tokens": len(work.request.input_ids)}
-        )
+        tracing.record("prefill", span, prefill_ns, first_ns, {"gen_ai.usage.input_tokens": work.prompt_tokens})
         gaps = {"triptych.gap_ms.bounds": list(GAP_BINS_MS), "triptych.gap_ms.counts": work.gaps}
         tracing.record("decode", span, first_ns, work.last_ns, gaps)
     span.end(work.last_ns)

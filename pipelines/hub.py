@@ -11,6 +11,7 @@ from pipelines.pipeline import Pipeline
 
 # Of a model's folder, what serving it needs; names with a slash (other formats, checkpoints) are never taken.
 TEXT_FILES = re.compile(r".+\.(json|jinja|model|tiktoken)|merges\.txt|vocab\.txt")
+_CODE = re.compile(r".+\.py")
 _SAFETENSORS = re.compile(r"(?!consolidated).+\.safetensors")  # consolidated: a second copy in another layout
 
 
@@ -30,7 +31,7 @@ def fetch_hf(pipeline: Pipeline, folder: Path, work: Path, progress: Progress) -
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision or None, files_metadata=True)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        wanted = choose_files(list(sizes), file[0] if file else "", f"hf:{repo}")
+        wanted = choose_files(list(sizes), file[0] if file else "", f"hf:{repo}", code=pipeline.trust_remote_code)
         total = sum(sizes[name] for name in wanted)
         check_space(work, total)
         with watching(folder, "downloading", total, progress):
@@ -49,14 +50,33 @@ def fetch_hf(pipeline: Pipeline, folder: Path, work: Path, progress: Progress) -
     for name in wanted:  # the hub's library is content with what is there when the hub stops answering
         if size_of(folder / name) != sizes[name]:
             raise PullError(f"the download of {repo} ended before {name} was whole: pull again.")
+    if pipeline.trust_remote_code:
+        _fetch_tokenizers(folder, work)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's notes on what it downloaded
     for nested in (name for name in wanted if "/" in name):
         (folder / nested).rename(folder / Path(nested).name)
         shutil.rmtree(folder / nested.split("/")[0])
 
 
-def choose_files(names: list[str], file: str, where: str) -> list[str]:
-    """Of a model's files the ones to take: safetensors first, else a GGUF, which holds all the rest."""
+def _fetch_tokenizers(folder: Path, work: Path) -> None:
+    """Those that the code in the folder would take from the hub by name, when it runs."""
+    import huggingface_hub
+
+    from pipelines.engine.remote_files import asked_for
+
+    for repo, file in asked_for(folder).items():
+        try:
+            taken = huggingface_hub.hf_hub_download(repo, "tokenizer.json", local_dir=work / file.name)
+        except Exception as error:
+            raise PullError(_hf_sentence(error, repo, "")) from error
+        Path(taken).rename(file)
+
+
+def choose_files(names: list[str], file: str, where: str, *, code: bool = False) -> list[str]:
+    """Of a model's files the ones to take: safetensors first, else a GGUF, which holds all the rest.
+
+    What lies beside the weights as `code` is left where it is, unless the pipeline trusts it.
+    """
     if file:
         if file not in names:
             raise PullError(f"{where} has no file {file!r}: its GGUF files are {_listed(names)}.")
@@ -64,7 +84,7 @@ def choose_files(names: list[str], file: str, where: str) -> list[str]:
     flat = [name for name in names if "/" not in name]
     weights = [name for name in flat if _SAFETENSORS.fullmatch(name)]
     if weights:
-        return weights + [name for name in flat if TEXT_FILES.fullmatch(name)]
+        return weights + [name for name in flat if TEXT_FILES.fullmatch(name) or (code and _CODE.fullmatch(name))]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) != 1:
         problem = f"several GGUF files ({_listed(ggufs)})" if ggufs else "neither *.safetensors nor *.gguf"

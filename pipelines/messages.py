@@ -66,7 +66,8 @@ def utf8(text: str | bytes, param: str) -> str:
     try:
         if isinstance(text, bytes):
             return text.decode("utf-8")
-        text.encode("utf-8")
+        if not text.isascii():  # a picture's megabytes are, and need no looking through
+            text.encode("utf-8")
     except UnicodeError as error:
         raise StageError(f"'{param}' is not valid Unicode: {_reason(error)}.", param=param) from None
     return text

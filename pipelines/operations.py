@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -25,6 +25,9 @@ from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
 from pipelines.terms import Terms
+
+if TYPE_CHECKING:
+    from pipelines.images.features import Features
 
 log = logging.getLogger(__name__)
 _compiling = ThreadPoolExecutor(2, "structures")
@@ -81,9 +84,10 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
     elif asked.operation == "submit":
         id, sampling = str(asked.parameters["id"]), Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
         prompt, terms, traceparent = _prompt(asked), Terms.of(asked.parameters), asked.traceparent
+        features = _features(asked)
 
         def submit() -> None:
-            stage.submit(id, prompt, sampling, asked=terms, traceparent=traceparent)
+            stage.submit(id, prompt, sampling, asked=terms, traceparent=traceparent, features=features)
             answer(_said(submitted=id))
 
         _start(sampling, submit, answer)
@@ -94,12 +98,13 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
     elif not asked.operation:
         sampling = Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
         prompt, terms, name, traceparent = _prompt(asked), Terms.of(asked.parameters), asked.id, asked.traceparent
+        features = _features(asked)
 
         def whole(answered: Answer | StageError) -> None:
             answer(_whole(answered))
 
         def generate() -> None:
-            stage.generate(prompt, sampling, whole, name=name, asked=terms, traceparent=traceparent)
+            stage.generate(prompt, sampling, whole, name=name, asked=terms, traceparent=traceparent, features=features)
 
         _start(sampling, generate, answer)
     else:
@@ -128,6 +133,16 @@ def _prompt(asked: Asked) -> list[int]:
     if not ids:
         raise StageError("'input_ids' must hold at least one token.", param="input_ids", stage="generate")
     return ids
+
+
+def _features(asked: Asked) -> Features | None:
+    """None for a prompt without pictures, which preprocess says by an empty tensor."""
+    packed = asked.data(contracts.FEATURES)
+    if packed is None or not packed.size:
+        return None
+    from pipelines.images.features import unpack
+
+    return unpack(packed)
 
 
 def _poll(poll: Poll) -> Values:

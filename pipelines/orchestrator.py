@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import orjson
+
 from observability import tracing
 from pipelines import contracts, wire
-from pipelines.chat import Chat, Inputs, Text, Window
+from pipelines.chat import Chat, Inputs, Prompt, Text, Window
 from pipelines.contracts import Asked, Tensor, Values
 from pipelines.errors import StageError
 from pipelines.generate import Poll
@@ -26,6 +28,8 @@ from pipelines.terms import Terms
 log = logging.getLogger(__name__)
 
 _SUBMIT_THREADS = 8  # preprocess and submit calls under way at once
+_PICTURE_THREADS = 64  # the same, of requests with pictures: these wait for hosts, and for memory to decode in
+_OF_PICTURES = (contracts.FEATURES, contracts.PICTURES)
 
 
 class Call(Protocol):
@@ -39,25 +43,32 @@ class Call(Protocol):
 class CalledStages:
     """The stages of one pipeline, as `pipelines.chat` wants them, over unary calls."""
 
-    def __init__(self, call: Call, *, per_token: bool) -> None:
+    def __init__(self, call: Call, *, per_token: bool, takes_images: bool) -> None:
         self._call = call
         self._per_token = per_token
+        self._takes_images = takes_images
 
-    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> tuple[Sequence[int], str]:
+    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> Prompt:
         values = {tensor: inputs[tensor.name] for tensor in contracts.REQUEST if tensor.name in inputs}
         out = self._call(
             "preprocess",
             {**values, contracts.SAMPLING: sampling},
-            [contracts.INPUT_IDS, contracts.SAMPLING],
+            [contracts.INPUT_IDS, contracts.SAMPLING, *(_OF_PICTURES if self._takes_images else ())],
             {"traceparent": traceparent} if traceparent else {},
         )
-        return out[contracts.INPUT_IDS], out[contracts.SAMPLING]
+        if not self._takes_images:
+            return Prompt(out[contracts.INPUT_IDS], out[contracts.SAMPLING])
+        pictures = [(width, height) for width, height in orjson.loads(out[contracts.PICTURES])]
+        features = out[contracts.FEATURES] if pictures else None
+        return Prompt(out[contracts.INPUT_IDS], out[contracts.SAMPLING], features, pictures)
 
-    def submit(self, id: str, input_ids: Sequence[int], sampling: str, asked: Terms, traceparent: str | None) -> None:
+    def submit(self, id: str, prompt: Prompt, asked: Terms, traceparent: str | None) -> None:
         parameters: dict[str, str | int] = {contracts.OPERATION: "submit", "id": id, **asked.parameters()}
         if traceparent:
             parameters["traceparent"] = traceparent
-        values = {contracts.INPUT_IDS: input_ids, contracts.SAMPLING: sampling}
+        values: dict[Tensor, Any] = {contracts.INPUT_IDS: prompt.input_ids, contracts.SAMPLING: prompt.sampling}
+        if prompt.features is not None:
+            values[contracts.FEATURES] = prompt.features
         self._call("generate", values, [contracts.ROWS], parameters)
 
     def poll(self, wait_s: float) -> Poll:
@@ -83,10 +94,12 @@ class Orchestrator:
     """Every method may be called from any thread."""
 
     def __init__(self, pipeline: Pipeline, call: Call) -> None:
-        self._chat = Chat(CalledStages(call, per_token=pipeline.stream_event == "token"))
+        per_token = pipeline.stream_event == "token"
+        self._chat = Chat(CalledStages(call, per_token=per_token, takes_images=pipeline.takes_images))
         self._lanes: dict[str, Lane] = {}  # by listener: a gateway
         self._numbers = itertools.count()
         self._submitters = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="submit")
+        self._with_pictures = ThreadPoolExecutor(_PICTURE_THREADS, thread_name_prefix="submit-pictures")
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._turn, name="poller", daemon=True)
@@ -121,7 +134,8 @@ class Orchestrator:
         for listener in list(self._lanes):
             self._close(listener)
         self._thread.join(timeout=5)
-        self._submitters.shutdown(wait=False, cancel_futures=True)
+        for submitters in (self._submitters, self._with_pictures):
+            submitters.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, listener: str, reply: Reply) -> None:
         if lane := self._lanes.get(listener):
@@ -137,15 +151,18 @@ class Orchestrator:
             lane.end()
 
     def _start(self, handle: str, asked: Asked, sink: Lane | Stream) -> None:
-        asked.refuse_images()
-        inputs: dict[str, str | Sequence[int]] = {
+        inputs: dict[str, Any] = {
             tensor.name: text for tensor in contracts.TEXTS if (text := asked.text(tensor)) is not None
         }
         if ids := asked.ids(contracts.TEXT_IDS):
             inputs[contracts.TEXT_IDS.name] = ids
+        if (image := asked.data(contracts.IMAGE)) is not None:
+            inputs[contracts.IMAGE.name] = image
+        pictured = contracts.brings_images(inputs.get(contracts.MESSAGES.name), image)
         sampling, terms = asked.text(contracts.SAMPLING) or "{}", Terms.of(asked.parameters)
         self._chat.admit(handle, asked.id, sink, asked.traceparent)
-        self._submitters.submit(self._run, handle, inputs, sampling, terms)
+        submitters = self._with_pictures if pictured else self._submitters
+        submitters.submit(self._run, handle, inputs, sampling, terms)
 
     def _run(self, handle: str, inputs: Inputs, sampling: str, terms: Terms) -> None:
         try:

@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 DEFAULT = "smollm2-135m-instruct"
+DEFAULTS = (DEFAULT,)  # what is served when nothing is named
 CATALOG = Path(__file__).parent / "catalog"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -27,10 +28,11 @@ _SOURCE = re.compile(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+|hf:[^/\s]+/[^/@\s]+(/[^@\s
 _PART = re.compile(r"[A-Za-z0-9._-]+==[^/]+/.+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SOURCES = "pypi:NAME==VERSION/FILE, hf:ORG/NAME[/FILE.gguf][@REV] or path:…"
-ENGINES = ("transformers", "echo")
+ENGINES = ("transformers", "echo", "query")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("", "int8", "int4")
 EVENTS = ("message", "token")
+_DEVICE_MAP = re.compile(r"(auto|balanced|balanced_low_0|sequential|cpu|cuda(:\d+)?)?")
 
 
 class CatalogError(ValueError):
@@ -57,6 +59,13 @@ class Pipeline:
     kv_cache_mb: int = 0  # keys and values at most; 0: a quarter of the memory, or half of what a GPU has free
     echo_tokens_per_s: float = 0  # per stream, echo engine only; 0: as fast as it can
     stream_event: str = "message"  # what shares one SSE event: a message's tokens for a stream, or one token
+    max_images: int = 0  # of one request; 0: it reads text only
+    max_pixels: int = 50_000_000  # of one image, as its header has them
+    image_memory_mb: int = 512  # decoded images at a time, over all requests; the others wait
+    preprocess_instances: int = 1  # processes that render, decode and tokenize
+    chat_template: str = ""  # Jinja, for a model that brings none; "": the model's own
+    device_map: str = ""  # where transformers puts the layers; "": all on the one device
+    trust_remote_code: bool = False  # whether code that lies beside the weights may run
 
     def __post_init__(self) -> None:
         self._check("name", bool(_NAME.fullmatch(self.name)), "lower-case letters, digits, '.', '_' and '-'")
@@ -72,6 +81,12 @@ class Pipeline:
         self._check("max_running", self.max_running >= 1, "1 or more")
         self._check("kv_cache_mb", self.kv_cache_mb >= 0, "0 (by the machine's memory) or more")
         self._check("echo_tokens_per_s", self.echo_tokens_per_s >= 0, "0 (as fast as it can) or more")
+        self._check("max_images", self.max_images >= 0, "0 (text only) or more")
+        self._check("max_pixels", self.max_pixels >= 1, "1 or more")
+        self._check("image_memory_mb", self.image_memory_mb >= 1, "1 or more")
+        self._check("preprocess_instances", self.preprocess_instances >= 1, "1 or more")
+        self._check("device_map", bool(_DEVICE_MAP.fullmatch(self.device_map)), "'', auto, balanced, cpu or cuda:N")
+        self._check_trust()
 
     def _check_files(self) -> None:
         digests_good = all(_SHA256.fullmatch(str(digest)) for digest in self.sha256.values())
@@ -84,14 +99,30 @@ class Pipeline:
         else:
             self._check("parts", not self.parts, "empty: only a pypi: source has parts")
 
+    def _check_trust(self) -> None:
+        """Code from the hub runs only where the file says so in as many words, and only where it has a use."""
+        if self.engine == "query":
+            wanted = "true: engine = 'query' runs the code that lies beside the weights, so read that code first"
+            self._check("trust_remote_code", self.trust_remote_code, wanted)
+        if self.engine == "echo":
+            self._check("trust_remote_code", not self.trust_remote_code, "false: the echo engine runs no model's code")
+
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:
             raise CatalogError(f"pipeline {self.name!r}: {key} = {getattr(self, key)!r} must be {wanted}")
 
     @property
+    def takes_images(self) -> bool:
+        return self.max_images > 0
+
+    @property
     def home(self) -> Path:
-        """Where its prepared files are: tokenizer.json, config.json, weights. One source, one home."""
-        unique = hashlib.sha256(self.source.encode()).hexdigest()[:8]
+        """Where its prepared files are: tokenizer.json, config.json, weights. One source, one home.
+
+        A home with the source's code is another one: nobody gets it by what somebody else trusts.
+        """
+        files = self.source + (" and its code" if self.trust_remote_code else "")
+        unique = hashlib.sha256(files.encode()).hexdigest()[:8]
         return cache_dir() / "weights" / f"{_slug(self.source)}-{unique}"
 
     @property
@@ -174,7 +205,7 @@ def _typed(table: dict[str, Any]) -> dict[str, Any]:
     for key, value in table.items():
         if key not in kinds:
             raise CatalogError(f"unknown key {key!r}; the keys are {', '.join(sorted(kinds))}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+        if not isinstance(value, kinds[key]) or (isinstance(value, bool) and bool not in kinds[key]):
             wanted = " or ".join(kind.__name__ for kind in kinds[key])
             raise CatalogError(f"{key} = {value!r} must be {wanted}")
     if "source" not in table:

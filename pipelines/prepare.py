@@ -162,10 +162,13 @@ def gguf_string(file: Path, key: str) -> str | None:
 
 
 def _write_chat_template(folder: Path) -> None:
-    """Older models keep the template inside a JSON file; the stages look in one place."""
+    """Older models keep the template inside a JSON file; the stages look in one place.
+
+    Where there are several, the processor's is the one that knows of pictures.
+    """
     if (folder / CHAT_TEMPLATE).exists():
         return
-    for name in (TOKENIZER_CONFIG, "chat_template.json"):
+    for name in ("chat_template.json", "processor_config.json", TOKENIZER_CONFIG):
         template = _read_json(folder / name).get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")

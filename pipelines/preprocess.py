@@ -1,31 +1,46 @@
 """The first stage: messages, a prompt or raw text in; token ids and checked sampling parameters out.
 
-Calls that `tools` ask for become part of those: a grammar that the answer must follow.
-Imports neither torch nor transformers, so the stage starts in the time it takes to read tokenizer.json. Knows
-no Triton and emits no span: the caller passes a factory of context managers to time the steps with.
+Calls that `tools` ask for become part of those: a grammar that the answer must follow. Of pictures it makes features,
+with the model's own processor. Imports neither torch nor transformers where there are none to be taken, so the stage
+starts in the time it takes to read tokenizer.json. Knows no Triton and starts no span: the caller passes a factory of
+those to time the steps with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import orjson
 from tokenizers import Tokenizer
 
+from observability import tracing
+from pipelines import contracts
 from pipelines import prompt as prompts
 from pipelines.answer.formats import AnswerFormat
 from pipelines.answer.grammar import grammar
+from pipelines.contracts import Tensor, Values
 from pipelines.errors import StageError
-from pipelines.messages import load_messages, refuse_images, utf8
+from pipelines.messages import check_count, image_parts, load_messages, utf8
+from pipelines.pipeline import Pipeline
 from pipelines.sampling import Sampling
 from pipelines.structure import Structure
 from pipelines.template import ChatTemplate
 from pipelines.tools import Tools, load_tools
 
-Timing = Callable[[str], AbstractContextManager[object]]
+if TYPE_CHECKING:
+    from pipelines.images.features import Features
+    from pipelines.images.reading import Source
+    from pipelines.images.sight import Sight
+
+Timing = Callable[[str], tracing.Span]
+
+
+def _untimed(name: str) -> tracing.Span:
+    return tracing.NO_SPAN
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,8 @@ class Prepared:
 
     input_ids: list[int]
     sampling: Sampling
+    features: Features | None = None
+    pictures: list[tuple[int, int]] = field(default_factory=list)  # their sizes, in the order of the prompt
 
 
 @dataclass(frozen=True)
@@ -41,15 +58,30 @@ class Preprocess:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     context: int
+    sight: Sight | None = None  # None: text only
 
     @classmethod
-    def load(cls, home: Path, *, context: int) -> Preprocess:
+    def of(cls, pipeline: Pipeline) -> Preprocess:
+        """Of a pipeline whose files are there."""
+        from pipelines.engine.limits import read_limits
+
+        home = pipeline.home
+        sight = None
+        if pipeline.takes_images:
+            from pipelines.images.sight import Sight  # transformers: only where it is used
+
+            sight = Sight.load(pipeline)
+        context = pipeline.context or read_limits(home).context
+        return replace(cls.load(home, context=context, template=pipeline.chat_template), sight=sight)
+
+    @classmethod
+    def load(cls, home: Path, *, context: int, template: str = "") -> Preprocess:
         """From a prepared folder. `context` is the model's limit in tokens, prompt and answer together."""
         tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
         # Some tokenizer.json files carry the truncation and padding of their training run.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, ChatTemplate.load(home), context)
+        return cls(tokenizer, ChatTemplate.load(home, template), context)
 
     @cached_property
     def form(self) -> AnswerFormat:
@@ -64,11 +96,12 @@ class Preprocess:
         text_ids: Sequence[int] | None = None,
         tools: str | bytes | None = None,
         sampling: str | bytes | None = None,
-        stage: Timing = nullcontext,
+        image: bytes | None = None,
+        stage: Timing = _untimed,
     ) -> Prepared:
         """Exactly one of `messages` (JSON), `prompt` (one user message), `text` and `text_ids` (continued as it is).
 
-        `tools` (JSON) go with a chat, which the first two are.
+        `tools` (JSON) go with a chat, which the first two are; `image` (encoded) goes with `prompt`, before its words.
         """
         inputs = {"messages": messages, "prompt": prompt, "text": text, "text_ids": text_ids}
         given = [name for name, value in inputs.items() if value is not None]
@@ -79,28 +112,77 @@ class Preprocess:
                 param=(given or ["messages"])[-1],
             )
         param = given[0]
+        if image is not None:
+            self._check_image(param)
         wanted = self._possible(_sampling(sampling))
+        if self.sight and self.sight.check_sampling:
+            self.sight.check_sampling(wanted)
         offered = load_tools(tools) if tools is not None else None
         if offered and param in ("text", "text_ids"):
             raise StageError(f"'tools' go with 'messages' or 'prompt', not with '{param}'.", param="tools")
         if text_ids is not None:
             return Prepared(self._known(text_ids), self._fit(wanted, len(text_ids), param))
         if text is not None:
-            rendered, template = utf8(text, "text"), False
-        else:
-            chat = load_messages(messages) if messages is not None else _one_message(utf8(prompt or "", "prompt"))
-            refuse_images(chat)
-            with stage("render"):
-                rendered, template = self._render(chat, offered, param), True
-            if offered and offered.callable:
-                wanted = self._constrained(wanted, offered, rendered)
+            rendered = utf8(text, "text")
+            with stage("tokenize"):
+                ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=True).ids
+            return self._prepared(wanted, param, ids)
+        chat = load_messages(messages) if messages is not None else _one_message(utf8(prompt or "", "prompt"), image)
+        sources = self._sources(chat, image)
+        with stage("render"):
+            rendered = self._render(chat, offered, param)
+        if offered and offered.callable:
+            wanted = self._constrained(wanted, offered, rendered)
+        if self.sight:
+            seen = self.sight.read(rendered, sources, stage, param=param)
+            return self._prepared(wanted, param, seen.input_ids, seen.features, seen.sizes)
         with stage("tokenize"):
             # A template writes the special tokens itself; the tokenizer's post-processor would write them
             # twice.
-            ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=not template).ids
+            ids = self.tokenizer.encode(rendered, add_special_tokens=False).ids
+        return self._prepared(wanted, param, ids)
+
+    def outputs(self, prepared: Prepared) -> Values:
+        """By tensor. Where pictures are taken there are always all of them: a step of an ensemble waits for each."""
+        sampling = prepared.sampling.to_json()
+        values: dict[Tensor, Any] = {contracts.INPUT_IDS: prepared.input_ids, contracts.SAMPLING: sampling}
+        if self.sight is None:
+            return values
+        from pipelines.images.features import pack
+
+        features: Any = pack(prepared.features) if prepared.features else []
+        return {**values, contracts.FEATURES: features, contracts.PICTURES: orjson.dumps(prepared.pictures)}
+
+    def _prepared(
+        self,
+        wanted: Sampling,
+        param: str,
+        ids: list[int],
+        features: Features | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> Prepared:
         if not ids:
             raise StageError(f"'{param}' gives no tokens: there is nothing to continue.", param=param)
-        return Prepared(ids, self._fit(wanted, len(ids), param))
+        return Prepared(ids, self._fit(wanted, len(ids), param), features, list(sizes))
+
+    def _check_image(self, param: str) -> None:
+        if self.sight is None:
+            raise StageError("'image' is not supported by this pipeline: it reads text only.", param="image")
+        if param != "prompt":
+            where = ": there an image is an 'image_url' part" if param == "messages" else ""
+            raise StageError(f"'image' goes with 'prompt', not with '{param}'{where}.", param="image")
+
+    def _sources(self, chat: Sequence[dict[str, object]], image: bytes | None) -> list[Source]:
+        """The chat's pictures in order, none of them looked at yet."""
+        check_count(chat, self.sight.max_images if self.sight else 0)
+        parts = image_parts(chat)
+        if not parts:
+            return []
+        from pipelines.images.reading import Source
+
+        if image is not None:
+            return [Source("image", image)]
+        return [Source(part.path, part.url, low=part.detail == "low") for part in parts]
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         if not ids:
@@ -111,12 +193,19 @@ class Preprocess:
         return list(ids)
 
     def _render(self, chat: Sequence[dict[str, object]], tools: Tools | None, param: str) -> str:
+        if self.sight and self.sight.question:
+            return self.sight.question(chat, tools)
         if self.template is None:
             raise StageError(
                 "This pipeline has no chat template (it is a base model): send 'text' (POST /v1/completions) instead.",
                 param=param,
             )
-        return prompts.render(self.template, self.form, chat, tools)
+        if self.sight is None:
+            return prompts.render(self.template, self.form, chat, tools)
+        processor = self.sight.processor
+        return prompts.render(
+            self.template, self.form, chat, tools, image_token=processor.image_token, reserved=processor.reserved
+        )
 
     def _constrained(self, sampling: Sampling, tools: Tools, rendered: str) -> Sampling:
         """Calls that must be made are a structure; so is an answer of a given shape that may be calls instead."""
@@ -183,5 +272,8 @@ def _sampling(text: str | bytes | None) -> Sampling:
         raise StageError("sampling is not valid JSON: it is nested too deeply.", param="sampling") from None
 
 
-def _one_message(prompt: str) -> list[dict[str, object]]:
-    return [{"role": "user", "content": prompt}]
+def _one_message(prompt: str, image: bytes | None) -> list[dict[str, object]]:
+    if image is None:
+        return [{"role": "user", "content": prompt}]
+    picture = {"type": "image_url", "image_url": {"url": "", "detail": "auto"}}  # the bytes go their own way
+    return [{"role": "user", "content": [picture, {"type": "text", "text": prompt}]}]

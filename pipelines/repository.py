@@ -9,16 +9,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.contracts import MODELS, config_pbtxt, model_name
-from pipelines.pipeline import DEFAULT
+from pipelines.contracts import MODELS, config_pbtxt, model_name, models_of
+from pipelines.pipeline import DEFAULT, Pipeline, get_pipeline
 
 CHECKED_IN = Path(__file__).parent.parent / "model_repository"
 
 
-def prepare(pipelines: Sequence[str], folder: Path) -> list[Path]:
+def prepare(pipelines: Sequence[Pipeline], folder: Path) -> list[Path]:
     """The repositories that serve these: the checked-in one, and `folder` with the others rendered and nothing else."""
-    rendered = [pipeline for pipeline in pipelines if pipeline != DEFAULT]
-    keep = {model_name(pipeline, model) for pipeline in rendered for model in MODELS}
+    rendered = [pipeline for pipeline in pipelines if pipeline.name != DEFAULT]
+    keep = {model_name(pipeline.name, model) for pipeline in rendered for model in MODELS}
     for model in folder.iterdir() if folder.exists() else ():
         if model.name not in keep:
             shutil.rmtree(model)
@@ -27,10 +27,10 @@ def prepare(pipelines: Sequence[str], folder: Path) -> list[Path]:
     return ([CHECKED_IN] if len(rendered) < len(pipelines) else []) + ([folder] if rendered else [])
 
 
-def render(pipeline: str, into: Path) -> None:
+def render(pipeline: Pipeline, into: Path) -> None:
     """Write the five models of a pipeline. Files whose text is the same are left alone: Triton compares mtimes."""
-    for model, spec in MODELS.items():
-        folder = into / model_name(pipeline, model)
+    for model, spec in models_of(pipeline).items():
+        folder = into / model_name(pipeline.name, model)
         version = folder / "1"
         version.mkdir(parents=True, exist_ok=True)
         _write(folder / "config.pbtxt", config_pbtxt(pipeline, model))
@@ -44,4 +44,4 @@ def _write(file: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    render(DEFAULT, CHECKED_IN)
+    render(get_pipeline(DEFAULT), CHECKED_IN)

@@ -108,8 +108,9 @@ def _fetch_path(pipeline: Pipeline, folder: Path, work: Path, progress: Progress
     if place.is_file() and place.suffix == ".gguf":
         files = [place]
     elif place.is_dir():
+        trusted = pipeline.trust_remote_code
         names = [file.name for file in place.iterdir() if file.is_file()]
-        files = [place / name for name in choose_files(names, "", f"path:{place}")]
+        files = [place / name for name in choose_files(names, "", f"path:{place}", code=trusted)]
         if files[0].suffix == ".gguf":  # beside it may lie the original's tokenizer: no need to convert one
             files += [place / name for name in names if TEXT_FILES.fullmatch(name)]
     else:

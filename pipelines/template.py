@@ -52,8 +52,11 @@ class ChatTemplate:
         self._template, self._names = _compile(source)
 
     @classmethod
-    def load(cls, home: Path) -> ChatTemplate | None:
-        """The template in a prepared folder: a file, else a key of tokenizer_config.json; None without one."""
+    def load(cls, home: Path, given: str = "") -> ChatTemplate | None:
+        """The template in a prepared folder: a file, else a key of tokenizer_config.json; None without one.
+
+        One that is `given` takes the place of all of them.
+        """
         config = _read_json(home / "tokenizer_config.json")
         named = _named(config.get("chat_template"))
         for name, file in (
@@ -62,6 +65,8 @@ class ChatTemplate:
         ):
             if file.exists():
                 named[name] = file.read_text(encoding="utf-8")
+        if given:
+            named = {"default": given}
         source = named.get("default") or next(iter(named.values()), None)
         if source is None:
             return None

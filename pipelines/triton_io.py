@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from pipelines.sources import pull
 log = logging.getLogger(__name__)
 
 Answer = Callable[[Values | StageError], None]
+
+_PICTURE_THREADS = 64
 
 
 def open_stage(args: Mapping[str, str], stage: str) -> Pipeline:
@@ -79,9 +82,14 @@ class Incoming:
         ids: list[int] = [] if found is None else found.as_numpy().tolist()
         return ids
 
-    def refuse_images(self) -> None:
-        if pb.get_input_tensor_by_name(self._request, contracts.IMAGE.name) is not None:
-            raise StageError("'image' is not supported by this pipeline: it reads text only.", param="image")
+    def data(self, tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+        """A UINT8 [-1] input, copied: Triton takes its memory back. None if it was not sent."""
+        found = pb.get_input_tensor_by_name(self._request, tensor.name)
+        return None if found is None else np.array(found.as_numpy(), dtype=np.uint8).reshape(-1)
+
+    def brings_images(self) -> bool:
+        image = pb.get_input_tensor_by_name(self._request, contracts.IMAGE.name)
+        return contracts.brings_images(self.text(contracts.MESSAGES), image)
 
     def span(self, name: str) -> tracing.Span:
         return tracing.start(name, parent=self.traceparent)
@@ -90,6 +98,34 @@ class Incoming:
 def respond(run: Callable[[Incoming], Values], requests: Sequence[Any], stage: str) -> list[Any]:
     """`execute` of a model that answers at once: one call of `run` a request, its values or its error the answer."""
     return [_response(run, Incoming(request), stage) for request in requests]
+
+
+def respond_aside(
+    run: Callable[[Incoming], Values], requests: Sequence[Any], stage: str, pool: Executor | None
+) -> list[Any] | None:
+    """`execute` of a default-mode model that has a pool for the requests that bring pictures: the others go by."""
+    if pool is None:
+        return respond(run, requests, stage)
+
+    def answered(asked: Incoming, answer: Answer) -> None:
+        try:
+            answer(run(asked))
+        except Exception as error:
+            answer(_stage_error(error, stage))
+
+    def start(asked: Incoming, answer: Answer) -> None:
+        if asked.brings_images():
+            pool.submit(answered, asked, answer)
+        else:
+            answered(asked, answer)
+
+    respond_later(start, requests, stage)
+    return None
+
+
+def pool_for_pictures() -> Executor:
+    """Its threads wait, for hosts and for memory; how many decode at once is not its matter (`images.sight`)."""
+    return ThreadPoolExecutor(_PICTURE_THREADS, thread_name_prefix="pictures")
 
 
 def respond_later(run: Callable[[Incoming, Answer], None], requests: Sequence[Any], stage: str) -> None:
@@ -187,16 +223,22 @@ def _stage_error(error: Exception, stage: str) -> StageError:
 
 
 def _tensors(values: Values) -> list[Any]:
-    return [pb.Tensor(tensor.name, _array(tensor, value)) for tensor, value in values.items()]
+    """What came from another model (`_value`) is passed on as it is, in the memory it lies in."""
+    return [
+        value if isinstance(value, pb.Tensor) else pb.Tensor(tensor.name, _array(tensor, value))
+        for tensor, value in values.items()
+    ]
 
 
 def _array(tensor: Tensor, value: Any) -> np.ndarray[Any, Any]:
     if tensor.dtype == "TYPE_STRING":
         return np.array([value.encode() if isinstance(value, str) else value], dtype=np.object_)
-    return np.asarray(value, dtype=np.int64)
+    return np.asarray(value, dtype=np.uint8 if tensor.dtype == "TYPE_UINT8" else np.int64)
 
 
 def _value(tensor: Tensor, found: Any) -> Any:
+    if tensor.dtype == "TYPE_UINT8":  # tens of megabytes, which are nothing to whoever passes them on
+        return found
     return found.as_numpy()[0] if tensor.dtype == "TYPE_STRING" else found.as_numpy().tolist()
 
 

@@ -111,21 +111,20 @@ def unpack_events(packed: bytes) -> tuple[list[Event], dict[str, int]]:
         if not more:
             events.append(Event(id, texts))
         else:
-            reason, prompt_tokens, completion_tokens, stages, error, logprobs, cached_tokens = more
+            reason, prompt_tokens, completion_tokens, stages, error, logprobs, cached_tokens, *seen = more
             failure = StageError.from_text(error, stage="orchestrator") if error else None
             entries = _entries(logprobs)
-            events.append(
-                Event(id, texts, reason, prompt_tokens, completion_tokens, stages, failure, entries, cached_tokens)
-            )
+            told = (reason, prompt_tokens, completion_tokens, stages, failure, entries, cached_tokens)
+            events.append(Event(id, texts, *told, *([(width, height) for width, height in sizes] for sizes in seen)))
     return events, message["counters"]
 
 
 def _event(event: Event) -> tuple[Any, ...]:
-    id, texts, finish_reason, prompt_tokens, completion_tokens, stages, error, logprobs, cached_tokens = event
+    id, texts, finish_reason, prompt_tokens, completion_tokens, stages, error, logprobs, cached_tokens, seen = event
     if not (finish_reason or prompt_tokens or error or logprobs):
         return id, texts
     told = (finish_reason, prompt_tokens, completion_tokens, dict(stages), error.to_json() if error else None)
-    return id, texts, *told, _plain(logprobs), cached_tokens
+    return id, texts, *told, _plain(logprobs), cached_tokens, *((seen,) if seen else ())
 
 
 def pack_entries(logprobs: Iterable[list[Entry]]) -> bytes:

@@ -585,6 +585,76 @@ def test_the_content_type_does_not_matter(server):
     assert server.raw(raw_request(CHAT_PATH, HELLO, "connection: close")).startswith(b"HTTP/1.1 200 OK")
 
 
+# Pictures.
+
+
+RED = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+WHAT = {"type": "text", "text": "What is it?"}
+
+
+def seeing(*parts, model="seeing", **more):
+    return {"model": model, "messages": [{"role": "user", "content": [*parts]}], **more}
+
+
+def picture(size):
+    return {"type": "image_url", "image_url": {"url": "x" * size}}
+
+
+@pytest.fixture
+def sighted(server):
+    server.backend.served["seeing"] = Pipeline(name="seeing", source="path:none", max_images=2)
+    yield server
+    del server.backend.served["seeing"]
+
+
+def test_image_parts_go_on_as_they_came(sighted):
+    response = sighted.post(CHAT_PATH, seeing(WHAT, RED, {**RED, "image_url": {"url": "https://h/x", "detail": "low"}}))
+    assert response.status_code == 200
+    (submission,) = sighted.backend.submissions
+    (message,) = json.loads(submission.inputs["messages"])
+    assert [part["type"] for part in message["content"]] == ["text", "image_url", "image_url"]
+    assert [part["image_url"]["url"] for part in message["content"][1:]] == [RED["image_url"]["url"], "https://h/x"]
+    assert [part["image_url"]["detail"] for part in message["content"][1:]] == ["auto", "low"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (seeing(WHAT, RED, model=MODEL), "messages[0].content[1].type"),
+        (seeing(RED, RED, WHAT, RED), "messages[0].content[3].type"),
+        (seeing(WHAT, {"type": "image_url", "image_url": {"url": "data:,", "detail": "best"}}), None),
+    ],
+)
+def test_images_that_the_pipeline_does_not_take_are_refused_by_path(sighted, body, param):
+    response = sighted.post(CHAT_PATH, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == (param or "messages[0].content[1].image_url.detail")
+    assert sighted.backend.submissions == []
+
+
+def test_pictures_have_room_beside_the_body(sighted):
+    """What is no picture is bounded as it is without pictures: a text of megabytes would hold the tokenizer."""
+    settings = Settings()
+    body = seeing(picture(settings.max_image_bytes), WHAT)
+    assert sighted.post(CHAT_PATH, body).status_code == 200
+    text = {"type": "text", "text": "x" * settings.max_body_bytes}
+    for refused in (seeing(RED, text), seeing(text), seeing(text, model=MODEL)):
+        response = sighted.post(CHAT_PATH, refused)
+        assert response.status_code == 413
+        assert "without its pictures" in response.json()["error"]["message"]
+    response = sighted.post(CHAT_PATH, seeing(picture(settings.max_image_bytes + settings.max_body_bytes)))
+    assert response.status_code == 413
+    assert "without" not in response.json()["error"]["message"]
+
+
+def test_large_bodies_are_as_deep_as_small_ones(sighted):
+    deep = b"[" * 200 + b"]" * 200
+    large = b'{"model": "seeing", "x": %s, "messages": "%s"}' % (deep, b"x" * 2_000_000)
+    response = sighted.post(CHAT_PATH, large)
+    assert response.status_code == 400
+    assert "nested" in response.json()["error"]["message"]
+
+
 # The body's limit.
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from pipelines.chat import COALESCE_S, HEARTBEAT_S, Chat, Event, Inputs, Text, Window
+from pipelines.chat import COALESCE_S, HEARTBEAT_S, Chat, Event, Inputs, Prompt, Text, Window
 from pipelines.engine import Logprob
 from pipelines.errors import StageError
 from pipelines.generate import Poll, Row
@@ -23,6 +23,8 @@ class Script:
     def __init__(self) -> None:
         self.submitted: dict[str, list[int]] = {}
         self.asked: dict[str, Terms] = {}
+        self.seen: tuple[object, list[tuple[int, int]]] | tuple[()] = ()
+        self.features: dict[str, object] = {}
         self.cancelled: list[str] = []
         self.polls: list[Poll] = []
         self.waits: list[float] = []
@@ -30,15 +32,16 @@ class Script:
         self.during_preprocess: Any = None
         self.texts: list[Callable[[Window], Text]] = []
 
-    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> tuple[list[int], str]:
+    def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> Prompt:
         self._maybe_fail("preprocess")
         if self.during_preprocess:
             self.during_preprocess()
-        return [ord(char) for char in str(inputs["text"])], sampling
+        return Prompt([ord(char) for char in str(inputs["text"])], sampling, *self.seen)
 
-    def submit(self, id: str, input_ids: Sequence[int], sampling: str, asked: Terms, traceparent: str | None) -> None:
+    def submit(self, id: str, prompt: Prompt, asked: Terms, traceparent: str | None) -> None:
         self._maybe_fail("submit")
-        self.submitted[id], self.asked[id] = list(input_ids), asked
+        self.submitted[id], self.asked[id] = list(prompt.input_ids), asked
+        self.features[id] = prompt.features
 
     def poll(self, wait_s: float) -> Poll:
         self.waits.append(wait_s)
@@ -119,6 +122,30 @@ def test_tokens_that_overtake_the_acceptance_carry_it(chat: Chat, script: Script
     script.submit = lambda *args: (submit(*args), chat.turn())[0]  # type: ignore[assignment,method-assign]
     chat.start("h", {"text": "xyz"}, "{}")
     assert sink.events == [Event("a", ["H"], prompt_tokens=3)]
+
+
+def test_features_go_to_generate_and_sizes_to_the_listener(chat: Chat, script: Script) -> None:
+    features, sizes = object(), [(640, 480), (1, 1)]
+    script.seen = (features, sizes)
+    sink = Listener()
+    begin(chat, sink)
+    assert script.features["h"] is features
+    assert sink.events == [Event("a", [], prompt_tokens=3, pictures=sizes)]
+    script.polls = [Poll([Row("h", [72])], {}), Poll([Row("h", [33], "stop")], {})]
+    chat.turn()
+    chat.turn()
+    assert [event.pictures for event in sink.events[1:]] == [(), ()]  # once is enough
+
+
+def test_sizes_come_with_tokens_that_overtake_the_acceptance(chat: Chat, script: Script) -> None:
+    script.seen = (None, [(2, 3)])
+    sink = Listener()
+    chat.admit("h", "a", sink, None)
+    script.polls = [Poll([Row("h", [72], "stop")], {})]
+    submit = script.submit
+    script.submit = lambda *args: (submit(*args), chat.turn())[0]  # type: ignore[assignment,method-assign]
+    chat.start("h", {"text": "xyz"}, "{}")
+    assert [event.pictures for event in sink.events] == [[(2, 3)]]
 
 
 @pytest.mark.parametrize("stage", ["preprocess", "submit"])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.engine import Counters, Limits, Logprob, Output, Request
 from pipelines.engine.echo import EchoEngine
 from pipelines.errors import StageError
 from pipelines.generate import MAX_POLL_TOKENS, Answer, Generate, Poll, Row
+from pipelines.images.features import Features
 from pipelines.sampling import Sampling
 from pipelines.terms import Terms
 from tests.product import wait_for
@@ -164,6 +167,26 @@ def test_priority_and_deadline_reach_the_engine() -> None:
     wait_for(lambda: len(engine.requests) == 2, 10)
     assert (engine.requests[1].deadline, engine.requests[1].priority) == (None, 0)
     stage.close()
+
+
+def test_features_reach_the_engine_and_are_gone_with_the_request() -> None:
+    """Pictures are large: what the stage itself holds of a request must not keep them."""
+    engine = Scripted([Output("a", [5], "stop")])
+    stage = Generate(engine, stop_checker=never)
+    try:
+        pixels = np.zeros(8, dtype=np.float32)
+        gone = weakref.ref(pixels)
+        features = Features({"pixel_values": pixels}, [1, -7])
+        stage.submit("a", [1, 2], Sampling(), features=features)
+        assert row_of(stage).finish_reason == "stop"
+        (request,) = engine.requests
+        assert request.features == {"pixel_values": pixels}
+        assert request.identity == [1, -7]
+        engine.requests.clear()
+        del request, features, pixels
+        wait_for(lambda: gone() is None, 10, "the stage keeps the features")
+    finally:
+        stage.close()
 
 
 def test_a_whole_answer_that_takes_too_long_is_a_timeout() -> None:

@@ -50,6 +50,17 @@ def test_entries_stay_with_their_texts() -> None:
     run(scenario)
 
 
+def test_the_sizes_of_the_pictures_are_in_the_first_delta() -> None:
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", [], prompt_tokens=3, pictures=[(640, 480)]))
+        stream.push(Event("a", ["x"]))
+        assert await stream.next() == Delta(["x"], prompt_tokens=3, pictures=[(640, 480)])
+        stream.push(Event("a", ["y"], "stop", 3, 4))
+        assert await stream.next() == Delta(["y"], "stop", 3, 4)
+
+    run(scenario)
+
+
 def test_a_request_that_is_not_taken_is_a_timeout() -> None:
     async def scenario(stream: LaneStream) -> None:
         with pytest.raises(StageError) as error:

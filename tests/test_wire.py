@@ -78,6 +78,7 @@ def test_events() -> None:
         Event("b", [], prompt_tokens=3),
         Event("c", ["y", ""], "stop", 3, 4, {"decode": 1.0}, None, ENTRIES, 2),
         Event("d", [], error=error),
+        Event("e", [], prompt_tokens=3, pictures=[(640, 480), (1, 2)]),
     ]
     packed = wire.pack_events(events, {"running": 1})
     assert orjson.loads(packed)["events"][0] == ["a", ["x"]]
@@ -85,7 +86,10 @@ def test_events() -> None:
     assert counters == {"running": 1}
     assert [event[:6] for event in found] == [(*event[:5], dict(event.stages)) for event in events]
     assert plain([event.logprobs for event in found]) == plain([event.logprobs for event in events])
-    assert [event.cached_tokens for event in found] == [0, 0, 2, 0]
+    assert [event.cached_tokens for event in found] == [0, 0, 2, 0, 0]
+    assert [list(event.pictures) for event in found] == [list(event.pictures) for event in events]
+    lengths = [len(event) for event in orjson.loads(packed)["events"]]
+    assert lengths == [2, 9, 9, 9, 10]  # what says nothing takes no place
     assert found[3].error is not None
     assert (found[3].error.code, found[3].error.stage) == ("timeout", "generate")
 

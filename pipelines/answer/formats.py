@@ -109,9 +109,9 @@ class AnswerFormat:
     grid: int = 0
 
     @classmethod
-    def load(cls, home: Path) -> AnswerFormat:
-        """Of a prepared folder."""
-        return cls.of(ChatTemplate.load(home)).grounded(home)
+    def load(cls, home: Path, template: str = "") -> AnswerFormat:
+        """Of a prepared folder, with another template than its own if one is given."""
+        return cls.of(ChatTemplate.load(home, template)).grounded(home)
 
     @classmethod
     def of(cls, template: ChatTemplate | None) -> AnswerFormat:
