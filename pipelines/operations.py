@@ -17,7 +17,7 @@ import orjson
 
 from pipelines import contracts, wire
 from pipelines.contracts import Asked, Tensor, Values
-from pipelines.engine import Engine
+from pipelines.engine import Engine, Limits
 from pipelines.engine.limits import read_limits
 from pipelines.errors import StageError
 from pipelines.generate import Answer, Generate, Poll
@@ -27,6 +27,7 @@ from pipelines.sampling import Sampling
 from pipelines.terms import Terms
 
 if TYPE_CHECKING:
+    from pipelines.engine.flat import Sample
     from pipelines.images.features import Features
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _compiling = ThreadPoolExecutor(2, "structures")
 def load(pipeline: Pipeline) -> Generate:
     """The stage of a pipeline, its engine loaded and its threads running."""
     stop_checker = Postprocess.load(pipeline.home).stop_checker
-    if pipeline.engine == "echo":
+    if pipeline.engine in ("echo", "query"):  # neither can be held to a structure
         return Generate(load_engine(pipeline), stop_checker=stop_checker)
     from pipelines.constraint import Constraints
 
@@ -55,18 +56,53 @@ def load_engine(pipeline: Pipeline) -> Engine:
     # torch takes seconds to import: only where it is used
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if pipeline.engine == "query":
+        from pipelines.engine.query import load_query_engine
+
+        return load_query_engine(
+            pipeline.home,
+            Limits(pipeline.context, frozenset()),  # its code makes the prompt and ends the answer
+            trust_remote_code=pipeline.trust_remote_code,
+            dtype=pipeline.dtype,
+            device=device,
+        )
     from pipelines.engine import weights
     from pipelines.engine.batched import BatchedEngine
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, limits = weights.load(pipeline.home, dtype=pipeline.dtype, quantize=pipeline.quantize, device=device)
+    model, limits = weights.load(
+        pipeline.home,
+        dtype=pipeline.dtype,
+        quantize=pipeline.quantize,
+        device=device,
+        device_map=pipeline.device_map,
+        pictures=pipeline.takes_images,
+    )
     limits = replace(limits, context=pipeline.context or limits.context)
-    kv_bytes = pipeline.kv_cache_mb * 10**6 or _share_of_memory(device)
-    engine = BatchedEngine(model, limits, max_running=pipeline.max_running, kv_bytes=kv_bytes, compile=True)
+    engine = BatchedEngine(
+        model,
+        limits,
+        max_running=pipeline.max_running,
+        kv_bytes=pipeline.kv_cache_mb * 10**6 or _share_of_memory(device),
+        compile=True,
+        sample=_sample(pipeline),
+    )
     pipeline.way_file.parent.mkdir(parents=True, exist_ok=True)
     pipeline.way_file.write_text(engine.way)
     log.info("%s runs %s, in %s", pipeline.name, engine.way, str(model.dtype).removeprefix("torch."))
     return engine
+
+
+def _sample(pipeline: Pipeline) -> Sample | None:
+    """What a model that takes pictures is proved with: as its own preprocess stage makes one."""
+    if not pipeline.takes_images:
+        return None
+    from pipelines.engine.flat import Sample
+    from pipelines.preprocess import Preprocess
+
+    prepared = Preprocess.of(pipeline).sample()
+    assert prepared.features is not None
+    return Sample(prepared.input_ids, prepared.features.arrays)
 
 
 def _share_of_memory(device: str) -> int:

@@ -142,6 +142,17 @@ class Preprocess:
             ids = self.tokenizer.encode(rendered, add_special_tokens=False).ids
         return self._prepared(wanted, param, ids)
 
+    def sample(self) -> Prepared:
+        """A prompt with a picture, for trying a model that takes them."""
+        from pipelines.images.processor import Processor
+
+        chat = _one_message("What is this?", b"")
+        processor = self.sight.processor if self.sight else None
+        if not isinstance(processor, Processor):
+            raise TypeError("this pipeline has no processor of pictures")
+        input_ids, features = processor.sample(self._render(chat, None, "messages"))
+        return Prepared(input_ids, Sampling(), features)
+
     def outputs(self, prepared: Prepared) -> Values:
         """By tensor. Where pictures are taken there are always all of them: a step of an ensemble waits for each."""
         sampling = prepared.sampling.to_json()
