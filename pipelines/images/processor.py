@@ -185,8 +185,8 @@ def check_shape(size: tuple[int, int], *, param: str) -> None:
     """That a picture's longer side is not too long for the shorter; a StageError names `param`."""
     if max(size) > MAX_ASPECT * min(size):
         raise StageError(
-            f"A picture of {size[0]}x{size[1]} pixels is too long: its longer side may be {MAX_ASPECT} times the "
-            "shorter.",
+            f"'{param}': a picture of {size[0]}x{size[1]} pixels is too long: its longer side may be "
+            f"{MAX_ASPECT} times the shorter.",
             param=param,
         )
 
