@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ from pipelines.terms import Terms
 
 if TYPE_CHECKING:
     from pipelines.images.features import Features
+    from pipelines.images.gate import Gate
 
 # What a poll carries at most, shared by its requests; the rest waits for the next poll, a millisecond later. It
 # bounds a message, and with it the time a request waits behind others, when an engine outruns its reader by far.
@@ -85,6 +87,7 @@ class _Work:
     last_ns: int = 0
     produced: int = 0
     gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_BINS_MS) + 1))
+    room: ExitStack = field(default_factory=ExitStack)  # for its pictures; closed when it has ended
 
     def stages(self) -> dict[str, float]:
         prefill, first = self.prefill_ns or self.last_ns, self.first_ns or self.last_ns
@@ -116,8 +119,11 @@ class Generate:
         stop_checker: Callable[[tuple[str, ...]], Callable[[int], bool]],
         constraint: Callable[[Structure], Constraint] | None = None,
         now_ns: Callable[[], int] = time.time_ns,
+        room: Gate | None = None,
     ) -> None:
+        """`room` is for the pictures of all requests that have not ended: who brings some waits for it."""
         self._engine = engine
+        self._room = room
         self._stop_checker = stop_checker
         self._constraint = constraint
         self._now_ns = now_ns
@@ -225,9 +231,16 @@ class Generate:
         deadline = None if asked.timeout_ms is None else time.monotonic() + asked.timeout_ms / 1000
         arrays, identity = (features.arrays, features.identity) if features else (None, None)
         request = Request(id, input_ids, sampling, stops_at, constraint, asked.priority, deadline, arrays, identity)
-        work = _Work(len(input_ids), name, traceparent, answer, self._now_ns())
+        arrived_ns = self._now_ns()
+        with ExitStack() as room:
+            if features and self._room:
+                patience_s = None if deadline is None else deadline - time.monotonic()
+                size = sum(array.nbytes for array in features.arrays.values())
+                room.enter_context(self._room.of(size, timeout=patience_s))
+            work = _Work(len(input_ids), name, traceparent, answer, arrived_ns, room=room.pop_all())
         with self._lock:
             if self._closing:
+                work.room.close()
                 raise StageError("generate is shutting down", code="unavailable", stage="generate")
             self._works[id] = work
             self._commands.append(("submit", request))
@@ -280,6 +293,7 @@ class Generate:
             work.last_ns = now_ns
             if output.finish_reason:
                 work.finish_reason, work.error = output.finish_reason, output.error
+                work.room.close()
                 del self._works[output.id]
             if work.answer is None:
                 self._mailbox[output.id] = work
@@ -346,6 +360,7 @@ class Generate:
         """Under the lock, at the end: nobody is left without an answer."""
         stopped = StageError("generate was stopped", code="unavailable", stage="generate")
         for work in self._works.values():
+            work.room.close()
             if work.answer:
                 self._answers.append(lambda work=work: work.answer(stopped))  # type: ignore[misc]
         self._works.clear()

@@ -21,6 +21,7 @@ from pipelines.engine import Engine, Limits
 from pipelines.engine.limits import read_limits
 from pipelines.errors import StageError
 from pipelines.generate import Answer, Generate, Poll
+from pipelines.images.gate import Gate
 from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
@@ -32,18 +33,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _compiling = ThreadPoolExecutor(2, "structures")
+_with_pictures = ThreadPoolExecutor(64, "pictures")  # as many as the orchestrator submits at once
 
 
 def load(pipeline: Pipeline) -> Generate:
     """The stage of a pipeline, its engine loaded and its threads running."""
     stop_checker = Postprocess.load(pipeline.home).stop_checker
+    room = Gate(pipeline.image_memory_mb << 20)
     if pipeline.engine in ("echo", "query"):  # neither can be held to a structure
-        return Generate(load_engine(pipeline), stop_checker=stop_checker)
+        return Generate(load_engine(pipeline), stop_checker=stop_checker, room=room)
     from pipelines.constraint import Constraints
 
     # Before the weights, so that the tokenizer is read while they are.
     constraints = Constraints(pipeline.home / "tokenizer.json", read_limits(pipeline.home).eos_ids)
-    return Generate(load_engine(pipeline), stop_checker=stop_checker, constraint=constraints)
+    return Generate(load_engine(pipeline), stop_checker=stop_checker, constraint=constraints, room=room)
 
 
 def load_engine(pipeline: Pipeline) -> Engine:
@@ -126,7 +129,7 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
             stage.submit(id, prompt, sampling, asked=terms, traceparent=traceparent, features=features)
             answer(_said(submitted=id))
 
-        _start(sampling, submit, answer)
+        _start(sampling, features, submit, answer)
     elif asked.operation == "cancel":
         answer(_said(cancelled=stage.cancel(str(asked.parameters["id"]))))
     elif asked.operation == "counters":
@@ -142,18 +145,23 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
         def generate() -> None:
             stage.generate(prompt, sampling, whole, name=name, asked=terms, traceparent=traceparent, features=features)
 
-        _start(sampling, generate, answer)
+        _start(sampling, features, generate, answer)
     else:
         raise StageError(f"unknown operation {asked.operation!r}", param=contracts.OPERATION, stage="generate")
 
 
-def _start(sampling: Sampling, start: Callable[[], None], answer: Callable[[Values | StageError], None]) -> None:
-    """Now, or once its structure is compiled: that may take a second, which nobody's poll shall wait for."""
-    if sampling.response_format is None:
+def _start(
+    sampling: Sampling,
+    features: Features | None,
+    start: Callable[[], None],
+    answer: Callable[[Values | StageError], None],
+) -> None:
+    """Now, or aside where it takes a while: a structure is compiled, pictures wait for room. No poll shall wait."""
+    if sampling.response_format is None and features is None:
         start()
         return
 
-    def compiled() -> None:
+    def started() -> None:
         try:
             start()
         except StageError as error:
@@ -161,7 +169,7 @@ def _start(sampling: Sampling, start: Callable[[], None], answer: Callable[[Valu
         except Exception as error:
             answer(StageError(f"{type(error).__name__}: {error}", code="internal", stage="generate"))
 
-    _compiling.submit(compiled)
+    (_with_pictures if features else _compiling).submit(started)
 
 
 def _prompt(asked: Asked) -> list[int]:

@@ -34,7 +34,7 @@ from pipelines.tools import Tools, load_tools
 if TYPE_CHECKING:
     from pipelines.images.features import Features
     from pipelines.images.reading import Source
-    from pipelines.images.sight import Sight
+    from pipelines.images.vision import Vision
 
 Timing = Callable[[str], tracing.Span]
 
@@ -58,7 +58,7 @@ class Preprocess:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     context: int
-    sight: Sight | None = None  # None: text only
+    vision: Vision | None = None  # None: text only
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> Preprocess:
@@ -66,13 +66,13 @@ class Preprocess:
         from pipelines.engine.limits import read_limits
 
         home = pipeline.home
-        sight = None
+        vision = None
         if pipeline.takes_images:
-            from pipelines.images.sight import Sight  # transformers: only where it is used
+            from pipelines.images.vision import Vision  # transformers: only where it is used
 
-            sight = Sight.load(pipeline)
+            vision = Vision.load(pipeline)
         context = pipeline.context or read_limits(home).context
-        return replace(cls.load(home, context=context, template=pipeline.chat_template), sight=sight)
+        return replace(cls.load(home, context=context, template=pipeline.chat_template), vision=vision)
 
     @classmethod
     def load(cls, home: Path, *, context: int, template: str = "") -> Preprocess:
@@ -115,8 +115,8 @@ class Preprocess:
         if image is not None:
             self._check_image(param)
         wanted = self._possible(_sampling(sampling))
-        if self.sight and self.sight.check_sampling:
-            self.sight.check_sampling(wanted)
+        if self.vision and self.vision.check_sampling:
+            self.vision.check_sampling(wanted)
         offered = load_tools(tools) if tools is not None else None
         if offered and param in ("text", "text_ids"):
             raise StageError(f"'tools' go with 'messages' or 'prompt', not with '{param}'.", param="tools")
@@ -133,8 +133,8 @@ class Preprocess:
             rendered = self._render(chat, offered, param)
         if offered and offered.callable:
             wanted = self._constrained(wanted, offered, rendered)
-        if self.sight:
-            seen = self.sight.read(rendered, sources, stage, param=param)
+        if self.vision:
+            seen = self.vision.read(rendered, sources, stage, param=param)
             return self._prepared(wanted, param, seen.input_ids, seen.features, seen.sizes)
         with stage("tokenize"):
             # A template writes the special tokens itself; the tokenizer's post-processor would write them
@@ -147,7 +147,7 @@ class Preprocess:
         from pipelines.images.processor import Processor
 
         chat = _one_message("What is this?", b"")
-        processor = self.sight.processor if self.sight else None
+        processor = self.vision.processor if self.vision else None
         if not isinstance(processor, Processor):
             raise TypeError("this pipeline has no processor of pictures")
         input_ids, features = processor.sample(self._render(chat, None, "messages"))
@@ -157,7 +157,7 @@ class Preprocess:
         """By tensor. Where pictures are taken there are always all of them: a step of an ensemble waits for each."""
         sampling = prepared.sampling.to_json()
         values: dict[Tensor, Any] = {contracts.INPUT_IDS: prepared.input_ids, contracts.SAMPLING: sampling}
-        if self.sight is None:
+        if self.vision is None:
             return values
         from pipelines.images.features import pack
 
@@ -177,7 +177,7 @@ class Preprocess:
         return Prepared(ids, self._fit(wanted, len(ids), param), features, list(sizes))
 
     def _check_image(self, param: str) -> None:
-        if self.sight is None:
+        if self.vision is None:
             raise StageError("'image' is not supported by this pipeline: it reads text only.", param="image")
         if param != "prompt":
             where = ": there an image is an 'image_url' part" if param == "messages" else ""
@@ -185,7 +185,7 @@ class Preprocess:
 
     def _sources(self, chat: Sequence[dict[str, object]], image: bytes | None) -> list[Source]:
         """The chat's pictures in order, none of them looked at yet."""
-        check_count(chat, self.sight.max_images if self.sight else 0)
+        check_count(chat, self.vision.max_images if self.vision else 0)
         parts = image_parts(chat)
         if not parts:
             return []
@@ -204,16 +204,16 @@ class Preprocess:
         return list(ids)
 
     def _render(self, chat: Sequence[dict[str, object]], tools: Tools | None, param: str) -> str:
-        if self.sight and self.sight.question:
-            return self.sight.question(chat, tools)
+        if self.vision and self.vision.question:
+            return self.vision.question(chat, tools)
         if self.template is None:
             raise StageError(
                 "This pipeline has no chat template (it is a base model): send 'text' (POST /v1/completions) instead.",
                 param=param,
             )
-        if self.sight is None:
+        if self.vision is None:
             return prompts.render(self.template, self.form, chat, tools)
-        processor = self.sight.processor
+        processor = self.vision.processor
         return prompts.render(
             self.template, self.form, chat, tools, image_token=processor.image_token, reserved=processor.reserved
         )

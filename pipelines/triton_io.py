@@ -124,7 +124,7 @@ def respond_aside(
 
 
 def pool_for_pictures() -> Executor:
-    """Its threads wait, for hosts and for memory; how many decode at once is not its matter (`images.sight`)."""
+    """Its threads wait, for hosts and for memory; how many decode at once is not its matter (`images.vision`)."""
     return ThreadPoolExecutor(_PICTURE_THREADS, thread_name_prefix="pictures")
 
 

@@ -16,6 +16,7 @@ from pipelines.engine.echo import EchoEngine
 from pipelines.errors import StageError
 from pipelines.generate import MAX_POLL_TOKENS, Answer, Generate, Poll, Row
 from pipelines.images.features import Features
+from pipelines.images.gate import Gate
 from pipelines.sampling import Sampling
 from pipelines.terms import Terms
 from tests.product import wait_for
@@ -185,6 +186,37 @@ def test_features_reach_the_engine_and_are_gone_with_the_request() -> None:
         engine.requests.clear()
         del request, features, pixels
         wait_for(lambda: gone() is None, 10, "the stage keeps the features")
+    finally:
+        stage.close()
+
+
+def test_pictures_wait_for_room_until_others_have_ended() -> None:
+    """Eight bytes of room, six of each request: the second goes to the engine when the first has ended."""
+    engine, room = Scripted(), Gate(8)
+    stage = Generate(engine, stop_checker=never, room=room)
+
+    def end(id: str) -> None:
+        engine.steps.append([Output(id, [5], "stop")])
+        stage.cancel("nobody")  # wakes the engine's thread
+
+    try:
+        features = Features({"pixel_values": np.zeros(6, dtype=np.uint8)}, [1, -7])
+        stage.submit("a", [1, 2], Sampling(), features=features)
+        second = threading.Thread(target=stage.submit, args=("b", [1, 2], Sampling()), kwargs={"features": features})
+        second.start()
+        wait_for(lambda: room.waiting == 1, 10, "the second does not wait")
+        stage.submit("text", [1, 2], Sampling())
+        wait_for(lambda: [request.id for request in engine.requests] == ["a", "text"], 10, "a text waits too")
+        end("a")
+        second.join(10)
+        wait_for(
+            lambda: [request.id for request in engine.requests] == ["a", "text", "b"], 10, "no room was given back"
+        )
+        with pytest.raises(StageError) as late:
+            stage.submit("c", [1, 2], Sampling(), features=features, asked=Terms(timeout_ms=50))
+        assert late.value.code == "timeout"
+        end("b")
+        wait_for(lambda: room.held == 0, 10, "room is kept by requests that have ended")
     finally:
         stage.close()
 

@@ -21,7 +21,7 @@ from pipelines.images.fetch import Fetching
 from pipelines.images.gate import Gate
 from pipelines.images.raw import RawProcessor, question
 from pipelines.images.reading import Reader, Source
-from pipelines.images.sight import Sight
+from pipelines.images.vision import Vision
 from pipelines.preprocess import Preprocess
 from pipelines.spelling import Spelling
 from pipelines.template import ChatTemplate
@@ -97,8 +97,8 @@ def preprocess(
     reader = Reader(max_pixels=10_000, gate=gate or Gate(1 << 20), fetching=Fetching(on=False), least=least)
     tokenizer = Tokenizer(models.WordLevel({"<i>": 1, "a": 2}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    sight = Sight(reader, eye or Eye(), max_images)  # type: ignore[arg-type]
-    return Preprocess(tokenizer, ChatTemplate(TEMPLATE), 64, sight)
+    vision = Vision(reader, eye or Eye(), max_images)  # type: ignore[arg-type]
+    return Preprocess(tokenizer, ChatTemplate(TEMPLATE), 64, vision)
 
 
 def chat(*content: dict[str, Any]) -> str:
@@ -200,7 +200,7 @@ def test_a_model_that_is_asked_in_text_gets_the_question_and_the_pixels() -> Non
     spelling = Spelling(stand_in.tokenizer())
     reader = Reader(max_pixels=10_000, gate=Gate(1 << 20), fetching=Fetching(on=False))
     stage = Preprocess(
-        stand_in.tokenizer(), None, 64, Sight(reader, RawProcessor(spelling), 1, question, check_sampling)
+        stand_in.tokenizer(), None, 64, Vision(reader, RawProcessor(spelling), 1, question, check_sampling)
     )
     prepared = stage.run(prompt="what colour is it?", image=encoded(RED))
     assert spelling.text(prepared.input_ids) == "what colour is it?"

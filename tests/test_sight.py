@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from jinja2 import Template
-from tokenizers import Tokenizer
 
 from pipelines.engine import Limits, Request, batched, weights
 from pipelines.engine.batched import BatchedEngine
 from pipelines.engine.flat import FlatModel, Sample
 from pipelines.engine.sight import tensors
 from pipelines.engine.slots import Unsupported
+from pipelines.images.processor import Processor
 from tests import vision
 from tests.driving import collect, drain, greedy
 
@@ -36,6 +36,7 @@ class System:
     def __init__(self, name, folder):
         self.name = name
         self.folder = vision.home(name, folder)
+        self.processor = Processor.load(self.folder)
 
     def prompt(self, text, *seeds):
         """Rendered, and what the model's processor makes of it."""
@@ -54,30 +55,13 @@ class System:
         return BatchedEngine(model, Limits(1024, frozenset()), sample=Sample(ids, features), **options)
 
     def request(self, name, text, *seeds, count=12):
-        _, _, ids, features = self.prompt(text, *seeds)
-        return Request(
-            name, ids, greedy(count), features=features, identity=identity(self.folder, ids, features, seeds)
-        )
+        rendered, pictures, ids, features = self.prompt(text, *seeds)
+        found = self.processor.run(rendered, pictures)[1]
+        return Request(name, ids, greedy(count), features=features, identity=found.identity if found else None)
 
     def wanted(self, text, *seeds, count=12):
         rendered, pictures, _, _ = self.prompt(text, *seeds)
         return vision.reference(self.folder, rendered, pictures, count)
-
-
-PLACEHOLDERS = {"<image>", "<|image_pad|>", "<image_soft_token>"}
-
-
-def identity(folder, ids, features, seeds):
-    """One number for all of a prompt's pictures: what is between them counts as theirs too."""
-    if not seeds:
-        return None
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    stands = [tokenizer.id_to_token(token) in PLACEHOLDERS for token in ids]
-    if "image_embeds_position_mask" in features:
-        stands = features["image_embeds_position_mask"][0].tolist()
-    places = [index for index, is_one in enumerate(stands) if is_one]
-    number = -(1 + hash(seeds) % 10**9)
-    return [number if places[0] <= index <= places[-1] else token for index, token in enumerate(ids)]
 
 
 CASES = {

@@ -8,7 +8,7 @@ from pipelines.preprocess import Preprocess
 class TritonPythonModel:
     def initialize(self, args):
         self.stage = Preprocess.of(triton_io.open_stage(args, "preprocess"))
-        self.pool = triton_io.pool_for_pictures() if self.stage.sight else None
+        self.pool = triton_io.pool_for_pictures() if self.stage.vision else None
 
     def execute(self, requests):
         return triton_io.respond_aside(self.run, requests, "preprocess", self.pool)

@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sight:
+class Vision:
     """Every method may be called from any thread."""
 
     reader: Reader
@@ -42,7 +42,7 @@ class Sight:
     _cores: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(os.cpu_count() or 1))
 
     @classmethod
-    def load(cls, pipeline: Pipeline) -> Sight:
+    def load(cls, pipeline: Pipeline) -> Vision:
         """The gate's memory is the pipeline's: each of its processes has a share."""
         gate = Gate((pipeline.image_memory_mb << 20) // pipeline.preprocess_instances)
         asked = pipeline.engine == "query"
