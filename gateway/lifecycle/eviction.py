@@ -13,25 +13,43 @@ from dataclasses import dataclass
 from gateway.lifecycle.budget import NOTHING, Memory
 
 
-class Frequency:
-    """How often something has happened lately, a second: each occurrence counts half as much a half-life later."""
+_VISIT_S = 300.0  # what comes within it of the last use is the same visit: the default keep-alive
+_GOES_ON = 0.3  # of a visit, that it is not over yet
+_SETTLES_S = 60.0
 
-    __slots__ = ("_at", "_count", "_half_life_s")
+
+class Frequency:
+    """How soon something is expected to be asked for again, as a rate a second: visits lately, and one that may go on.
+
+    Each visit counts half as much a half-life later. Requests alone would say too little: those of one conversation
+    come together, so a model is wanted far more in the minute after its last one than its frequency tells, and far less
+    once the conversation is over. `docs/lifecycle.md` has what else was tried.
+    """
+
+    __slots__ = ("_at", "_half_life_s", "_used", "_visits")
 
     def __init__(self, half_life_s: float) -> None:
         self._half_life_s = half_life_s
-        self._count = 0.0
+        self._visits = 0.0
         self._at = 0.0
+        self._used = -math.inf
 
     def hit(self, now: float) -> None:
-        self._count = self._decayed(now) + 1.0
-        self._at = now
+        """It is asked for."""
+        if now - self._used > _VISIT_S:
+            self._visits = self._decayed(now) + 1.0
+            self._at = now
+        self._used = now
+
+    def use(self, now: float) -> None:
+        """It is in use still."""
+        self._used = now
 
     def rate(self, now: float) -> float:
-        return self._decayed(now) * math.log(2) / self._half_life_s
+        return self._decayed(now) * math.log(2) / self._half_life_s + _GOES_ON / (now - self._used + _SETTLES_S)
 
     def _decayed(self, now: float) -> float:
-        return self._count * 2.0 ** ((self._at - now) / self._half_life_s) if self._count else 0.0
+        return self._visits * 2.0 ** ((self._at - now) / self._half_life_s) if self._visits else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,7 @@ class Row:
         runner = self.running.pop(request)
         self.places -= runner.places
         self.service_s.add(now - runner.started)
+        self.frequency.use(now)
         # A client can lengthen the others' time, up to the cap, and shorten but its own.
         self.keep_until = max(self.keep_until, now + runner.keep_alive)
 

@@ -316,6 +316,7 @@ class Scheduler:
 
     def _begin(self, row: Row, work: Work) -> None:
         row.work, row.work_since = work, self._now
+        self._plan_due = self._plan_due or self._blocked  # there will be more memory, or less
 
     def _load(self, row: Row) -> None:
         self._budget.reserve(row.name, row.memory)
@@ -337,7 +338,6 @@ class Scheduler:
             return
         self._budget.reserve(row.name, both)
         row.state = State.PARKED
-        self._plan_due = self._plan_due or self._blocked
         self._begin(row, Work.PARK)
         self._actions.append(Park(row.name, why))
 
@@ -462,6 +462,7 @@ class Scheduler:
     # What an operator asks for.
 
     def _known(self, pipeline: str) -> Row | None:
+        self._plan_due = True  # who may be evicted has changed
         row = self._rows.get(pipeline)
         return None if row is None or row.removed else row
 
@@ -525,12 +526,12 @@ class Scheduler:
 
     def _change(self, row: Row, policy: Policy) -> None:
         fresh = policy.version != row.policy.version or row.removed
-        if policy.pin and (row.removed or not row.policy.pin):
-            self._keep(row)
-        elif row.policy.pin and not policy.pin:
-            row.pinned, row.wanted = False, None
-        row.removed = False
+        pinned_before, row.removed = row.policy.pin and not row.removed, False
         row.adopt(policy)
+        if policy.pin and not pinned_before:
+            self._keep(row)
+        elif pinned_before and not policy.pin:
+            row.pinned, row.wanted = False, None
         if fresh and row.state is State.FAILED:
             row.state, row.failures, row.retry_at, row.reason = State.COLD, 0, self._now, ""
         if fresh and row.state is not State.COLD:

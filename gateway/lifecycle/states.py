@@ -74,7 +74,7 @@ class Limits:
     backoff_s: float = 1.0  # after the first failure; doubles with each
     max_backoff_s: float = 60.0
     stable_s: float = 60.0  # ready for so long, earlier failures are forgotten
-    half_life_s: float = 7200.0  # of a request, in the frequency by which is evicted
+    half_life_s: float = 14400.0  # of a visit, in the frequency by which is evicted
 
 
 # Events: what has happened. Each is reported once, in order.
