@@ -11,8 +11,8 @@ How traces are drawn, and why, without regard to any rule:
   and more between formats and disks (log-normal, sigma 0.7); one in five also compiles, for 10 to 60 s.
 - Popularity is Zipf, of skew 0.6, 0.9 and 1.2, in an order that size has no part in.
 - People come in sessions, a Poisson process of one a minute in all, of 5 requests on average, half a minute apart.
-- Half of the models have hours: their rate follows a sine of one day, with a peak of their own. Every day a tenth of the
-  models trade their popularity with others.
+- Half of the models have hours: their rate follows a sine of one day, with a peak of their own. Every day a tenth of
+  the models trade their popularity with others.
 - Memory is 25 and 45 % of what all models need, but for the largest there is always room. Seven days; all counts are
   after the first, in which memory fills.
 """
@@ -161,7 +161,7 @@ class Ours(Rule):
 
 
 class Clairvoyant(Rule):
-    """Belady's, for unequal bytes and costs: `worth` of the seconds until the next use, bytes and cost, lowest first."""
+    """Belady's, for unequal bytes and costs: lowest first `worth`, of seconds until the next use, bytes and cost."""
 
     def __init__(self, trace: Trace, worth: Callable[[float, int, float], float]) -> None:
         super().__init__(trace)
@@ -209,23 +209,23 @@ def bound(trace: Trace) -> float:
     given to what saves most for it, as if it could be had in pieces: a bound, which nothing need reach.
     """
     last: dict[int, int] = {}
-    saves: list[tuple[float, float]] = []  # for a byte and step; seconds
-    total = saved = 0.0
+    saves: list[tuple[float, float, float]] = []  # seconds for a byte and step, bytes and steps, seconds
+    total, saved = 0.0, 0.0
     first = next(number for number, (now, _) in enumerate(trace.requests) if now >= DAY_S)
     for number, (now, model) in enumerate(trace.requests):
         if now >= DAY_S:
             total += trace.models[model].load_s
             if model in last:
-                steps = number - max(last[model], first)
-                space = steps * trace.models[model].bytes
-                saves.append((trace.models[model].load_s / space if space else math.inf, space))
+                space = float((number - max(last[model], first)) * trace.models[model].bytes)
+                load_s = trace.models[model].load_s
+                saves.append((load_s / space if space else math.inf, space, load_s))
         last[model] = number
     space_left = float(trace.memory) * (len(trace.requests) - first)
-    for density, space in sorted(saves, reverse=True):
+    for density, space, seconds in sorted(saves, reverse=True):
         if space > space_left:
             saved += density * space_left
             break
-        saved += 0.0 if math.isinf(density) else density * space
+        saved += seconds
         space_left -= space
     return total - saved
 

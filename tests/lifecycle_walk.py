@@ -86,6 +86,7 @@ class Walk:
         )
         self.pipelines = {name: self.new() for name in NAMES[: self.random.randint(1, 5)]}
         self.scheduler = Scheduler(self.limits, {n: p.policy for n, p in self.pipelines.items()}, self.now)
+        self.trouble = self.random.choice([0.1, 1])  # how often things fail, and operators meddle
         self.number = 0
         self.edges: Counter = Counter()
         self.transitions = 0
@@ -188,7 +189,7 @@ class Walk:
             if action.why is Why.EVICTED:
                 assert not pipeline.pinned, "a pinned one is evicted"
                 grown_up = pipeline.ready_since + pipeline.residency <= self.now
-                excused = self.overcommitted_at >= pipeline.ready_since
+                excused = self.overcommitted or self.overcommitted_at >= pipeline.ready_since
                 assert pipeline.state == "parked" or grown_up or excused, "evicted too young"
             if isinstance(action, Park):
                 assert pipeline.state == "ready"
@@ -268,6 +269,8 @@ class Walk:
             self.end_work()
         elif roll < 0.93:
             self.send(Tick(self.now))
+        elif self.random.random() > self.trouble:
+            self.end_work()
         elif roll < 0.945:
             self.die()
         elif roll < 0.98:
@@ -296,7 +299,7 @@ class Walk:
         pipeline.waiting.pop(request, None)
         self.send(Finished(request, self.now) if ran and self.random.random() < 0.9 else Gone(request, self.now))
 
-    def end_work(self, fails: float = 0.12) -> None:
+    def end_work(self, fails: float | None = None) -> None:
         working = [name for name, pipeline in self.pipelines.items() if pipeline.work is not None]
         if not working:
             self.send(Tick(self.now))
@@ -304,7 +307,7 @@ class Walk:
         name = self.random.choice(working)
         pipeline = self.pipelines[name]
         work, pipeline.work = pipeline.work, None
-        if self.random.random() < fails:
+        if self.random.random() < (self.trouble * 0.12 if fails is None else fails):
             self.fail(name, pipeline, LoadFailed if isinstance(work, Load) else Lost)
         elif isinstance(work, Unload):
             self.gone_cold(pipeline)
@@ -345,10 +348,10 @@ class Walk:
 
     def measure_anew(self, pipeline: Pipeline) -> None:
         policy = pipeline.policy
-        if pipeline.state == "cold" and pipeline.work is None:
-            if pipeline.measures != (policy.version, policy.memory, policy.parked):
-                pipeline.measures = (policy.version, policy.memory, policy.parked)
-                pipeline.expects, pipeline.expects_parked = policy.memory, policy.parked
+        measures = (policy.version, policy.memory, policy.parked)
+        if pipeline.state == "cold" and pipeline.work is None and pipeline.measures != measures:
+            pipeline.measures = measures
+            pipeline.expects, pipeline.expects_parked = policy.memory, policy.parked
 
     def forget(self, name: str) -> None:
         if self.pipelines[name].removed and self.status(name) == "gone":

@@ -33,13 +33,17 @@ def ready_in(row: Row, rows: Iterable[Row], limits: Limits, now: float) -> float
     free += [0.0] * (limits.max_loads - len(free))
     heapq.heapify(free)
     before = [other for other in rows if other is not row and _loads_before(other, row, now)]
-    for other in sorted(before, key=lambda other: other.key):
+    for other in sorted(before, key=lambda other: (other.key, other.name)):
         heapq.heapreplace(free, free[0] + other.load_s.value)
     return max(backoff, free[0]) + row.load_s.value
 
 
 def _loads_before(other: Row, row: Row, now: float) -> bool:
-    return other.state is not State.PARKED and other.wants_memory(now) and other.key < min(row.key, now)
+    return (
+        other.state is not State.PARKED
+        and other.wants_memory(now)
+        and (other.key, other.name) < (min(row.key, now), row.name)
+    )
 
 
 def _left(row: Row, usually_s: float, now: float) -> float:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from gateway.lifecycle.budget import NOTHING, Memory
 
-
 _VISIT_S = 300.0  # what comes within it of the last use is the same visit: the default keep-alive
 _GOES_ON = 0.3  # of a visit, that it is not over yet
 _SETTLES_S = 60.0
@@ -69,7 +68,10 @@ def score(rate: float, back_s: float, share: float) -> float:
 
 
 def choose(options: Iterable[Option], shortage: Memory, total: Memory) -> list[Option]:
-    """What makes up for the shortage, at most one option a name; empty if nothing does."""
+    """What makes up for the shortage, at most one option a name; empty if nothing does.
+
+    A negative shortage is what is to spare of that kind.
+    """
     options = list(options)
     # Parking may add to the one kind of memory what it frees of the other, and so not lead there at all.
     return _cheapest(options, shortage, total) or _cheapest([o for o in options if o.unload], shortage, total)

@@ -69,11 +69,13 @@ class Planner:
 
     def _mend_excess(self) -> None:
         """More was measured than had been reserved: somebody leaves, busy or not."""
-        shortage = self._budget.excess.minus(self._soon).minus(self._later).most(NOTHING)
-        if shortage != NOTHING:
-            victims = choose(self._options(None, patient=False), shortage, self._budget.total)
+        shortage = NOTHING.minus(self._free).minus(self._soon).minus(self._later)
+        if not shortage.within(NOTHING):
+            for patient in (True, False):
+                if victims := choose(self._options(None, patient=patient), shortage, self._budget.total):
+                    self._make_leave(victims)
+                    return
             # What cannot be mended, because the rest is pinned, is left as it is.
-            self._make_leave(victims)
 
     def _place(self, row: Row) -> None:
         if row.name in self._decided:
@@ -101,10 +103,10 @@ class Planner:
 
     def _wait_or_evict(self, row: Row, more: Memory, coming: Memory) -> None:
         coming = coming.plus(self._later)
-        shortage = more.minus(coming).most(NOTHING)
+        shortage = more.minus(coming)
         impatient_at = row.key + self._limits.patience_s
         victims: list[Option] = []
-        if shortage != NOTHING:
+        if not shortage.within(NOTHING):
             victims = choose(self._options(row, patient=True), shortage, self._budget.total)
             if not victims:
                 if self._now < impatient_at:

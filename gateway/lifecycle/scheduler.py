@@ -17,7 +17,8 @@ from typing import Any
 from gateway.lifecycle import estimate
 from gateway.lifecycle.budget import NOTHING, Budget, Memory
 from gateway.lifecycle.plan import Planner, Step
-from gateway.lifecycle.rows import PRIORITY_S, Row, Waiter
+from gateway.lifecycle.requests import Requests
+from gateway.lifecycle.rows import Row
 from gateway.lifecycle.states import (
     Action,
     AdminLoad,
@@ -37,8 +38,6 @@ from gateway.lifecycle.states import (
     Parked,
     Pin,
     Policy,
-    Refuse,
-    Start,
     State,
     Tick,
     Unload,
@@ -60,15 +59,12 @@ class Scheduler:
         self._now = now
         self._budget = Budget(limits.memory)
         self._rows: dict[str, Row] = {}
-        self._waiting: dict[str, tuple[Row, Waiter]] = {}
-        self._running: dict[str, Row] = {}
-        self._deadlines: list[tuple[float, str, int]] = []  # a heap; what is not waiting any more is skipped
+        self._requests = Requests(limits, self._budget)
         self._alarms: list[tuple[float, str]] = []  # a heap of when to look at which pipeline; "" is the plan
-        self._numbers = 0
         self._plan_due = True
         self._blocked = False  # the last plan left somebody without memory
         self._plan_at = math.inf
-        self._actions: list[Action] = []
+        self._actions = self._requests.actions
         self._handlers: dict[type, Callable[[Any], None]] = {
             Asked: self._asked,
             Finished: self._finished,
@@ -93,7 +89,7 @@ class Scheduler:
     # What a driver uses.
 
     def step(self, event: Event) -> list[Action]:
-        self._actions = []
+        self._actions = self._requests.actions = []
         self._now = max(self._now, event.now)
         self._expire()
         self._handlers[type(event)](event)
@@ -105,13 +101,9 @@ class Scheduler:
     @property
     def next_tick(self) -> float | None:
         """When something is due that no other event may bring; early is harmless, late is not."""
-        while self._deadlines and not self._is_waiting(*self._deadlines[0][1:]):
-            heapq.heappop(self._deadlines)
-        due = min(
-            self._deadlines[0][0] if self._deadlines else math.inf,
-            self._alarms[0][0] if self._alarms else math.inf,
-            -math.inf if self._plan_due else math.inf,
-        )
+        due = -math.inf if self._plan_due else self._requests.next_deadline()
+        if self._alarms:
+            due = min(due, self._alarms[0][0])
         return None if due == math.inf else due
 
     def eta(self, pipeline: str, now: float) -> float:
@@ -129,114 +121,52 @@ class Scheduler:
     def memory_used(self) -> Memory:
         return self._budget.used
 
+    def _known(self, pipeline: str) -> Row | None:
+        row = self._rows.get(pipeline)
+        return None if row is None or row.removed else row
+
     # Requests.
 
     def _asked(self, event: Asked) -> None:
-        row = self._rows.get(event.pipeline)
-        if event.request in self._waiting or event.request in self._running:
-            raise ValueError(f"request {event.request!r} was asked twice")
-        if row is None or row.removed:
-            self._refuse(event.request, event.pipeline, "model_not_found", f"There is no model '{event.pipeline}'.")
-            return
-        row.frequency.hit(self._now)
-        waiter = self._waiter(row, event)
-        if event.deadline <= self._now:
-            self._refuse_late(row, waiter)
-        elif row.state is State.READY and not row.queue and row.has_places(waiter.places):
-            self._start(row, waiter)
-        elif row.state is State.FAILED and self._now < row.retry_at:
-            reason = f"'{row.name}' could not be loaded: {row.reason}"
-            self._refuse(waiter.request, row.name, "unavailable", reason, row.retry_at - self._now)
-        elif row.is_full():
-            self._refuse(waiter.request, row.name, "overloaded", *estimate.overload(row, self.eta(row.name, self._now)))
-        else:
-            row.queue.add(waiter)
-            self._waiting[waiter.request] = (row, waiter)
-            if waiter.deadline < math.inf:
-                heapq.heappush(self._deadlines, (waiter.deadline, waiter.request, waiter.number))
-            if row.state is not State.READY:
-                self._plan_due = True
-
-    def _waiter(self, row: Row, event: Asked) -> Waiter:
-        self._numbers += 1
-        key = self._now + row.policy.priority * PRIORITY_S + (self._limits.batch_delay_s if event.batch else 0.0)
-        keep_alive = row.policy.keep_alive
-        if event.keep_alive is not None:
-            keep_alive = min(event.keep_alive, max(self._limits.max_keep_alive, row.policy.keep_alive))
-        return Waiter(key, self._numbers, event.request, self._now, event.deadline, keep_alive, event.places)
+        row = self._known(event.pipeline)
+        if row is None:
+            self._requests.refuse(
+                event.request, event.pipeline, "model_not_found", f"There is no model '{event.pipeline}'."
+            )
+        elif self._requests.ask(row, event, self._now, self.eta(row.name, self._now)) and row.state is not State.READY:
+            self._plan_due = True
 
     def _finished(self, event: Finished) -> None:
-        if (row := self._running.pop(event.request, None)) is not None:
-            row.finish(event.request, self._now)
+        if row := self._requests.finish(event.request, self._now):
             self._freed(row)
 
     def _gone(self, event: Gone) -> None:
-        if (waiting := self._waiting.pop(event.request, None)) is not None:
-            row, waiter = waiting
-            row.queue.remove(waiter)
+        if row := self._requests.leave(event.request) or self._requests.finish(event.request, self._now):
             self._freed(row)  # it may have been what held the others up
-        else:
-            self._finished(Finished(event.request, event.now))
+
+    def _expire(self) -> None:
+        """All whose deadline has come, before anybody behind them starts."""
+        late = self._requests.late(self._now)
+        for row, waiter in late:
+            self._requests.refuse_late(row, waiter, self.eta(row.name, self._now))
+        for row in {row.name: row for row, _ in late}.values():
+            self._freed(row)
+            self._plan_due = True  # others may have waited behind it
 
     def _freed(self, row: Row) -> None:
         """Places, or the head of the queue, are free: the next start, or the row rests."""
         if row.state is State.READY:
-            self._fill(row)
+            self._requests.fill(row, self._now)
         self._settle(row)
 
-    def _fill(self, row: Row) -> None:
-        """As many waiters start as there are places for."""
-        count = 0
-        for waiter in row.queue:
-            if not row.has_places(waiter.places):
-                break
-            del self._waiting[waiter.request]
-            self._start(row, waiter)
-            count += 1
-        row.queue.take(count)
-
-    def _start(self, row: Row, waiter: Waiter) -> None:
-        row.start(waiter, self._now)
-        self._running[waiter.request] = row
-        self._actions.append(Start(waiter.request, row.name))
-
-    def _refuse(self, request: str, pipeline: str, code: str, reason: str, retry_after_s: float | None = None) -> None:
-        self._actions.append(Refuse(request, pipeline, code, reason, retry_after_s))
-
-    def _refuse_late(self, row: Row, waiter: Waiter) -> None:
-        code, reason, retry_after_s = estimate.lateness(row, self._budget, self.eta(row.name, self._now))
-        self._refuse(waiter.request, row.name, code, reason, retry_after_s)
-
-    def _refuse_all(self, row: Row, code: str, reason: str, retry_after_s: float | None = None) -> None:
-        for waiter in row.queue:
-            del self._waiting[waiter.request]
-            self._refuse(waiter.request, row.name, code, reason, retry_after_s)
-        row.queue.take(len(row.queue))
-
     # Time.
-
-    def _expire(self) -> None:
-        """All whose deadline has come, before anybody behind them starts."""
-        shorter: dict[str, Row] = {}
-        while self._deadlines and self._deadlines[0][0] <= self._now:
-            _, request, number = heapq.heappop(self._deadlines)
-            if self._is_waiting(request, number):
-                row, waiter = self._waiting.pop(request)
-                self._refuse_late(row, waiter)
-                row.queue.remove(waiter)
-                shorter[row.name] = row
-        for row in shorter.values():
-            self._freed(row)
-            self._plan_due = True  # others may have waited behind it
-
-    def _is_waiting(self, request: str, number: int) -> bool:
-        return request in self._waiting and self._waiting[request][1].number == number
 
     def _ring(self) -> None:
         while self._alarms and self._alarms[0][0] <= self._now:
             at, name = heapq.heappop(self._alarms)
             if not name:
-                self._plan_due = self._plan_due or at == self._plan_at
+                self._plan_at = math.inf
+                self._plan_due = True
             elif (row := self._rows.get(name)) is not None and row.armed == at:
                 row.armed = math.inf
                 self._settle(row)
@@ -296,7 +226,6 @@ class Scheduler:
 
     def _carry_out_plan(self) -> None:
         self._plan_due = False
-        self._plan_at = math.inf
         plan = Planner(self._rows.values(), self._budget, self._limits, self._now).plan()
         for step, row in plan.steps:
             if step is Step.LOAD:
@@ -310,7 +239,7 @@ class Scheduler:
             else:
                 self._give_up(row)
         self._blocked = plan.blocked
-        if plan.again_at < math.inf:
+        if plan.again_at < self._plan_at:  # one that comes earlier will have it decided again
             self._plan_at = plan.again_at
             heapq.heappush(self._alarms, (plan.again_at, ""))
 
@@ -355,7 +284,7 @@ class Scheduler:
     def _give_up(self, row: Row) -> None:
         row.wanted = None
         row.reason = f"it needs {row.memory}, and there is only {self._limits.memory} for all models"
-        self._refuse_all(row, "unavailable", f"'{row.name}' cannot be loaded: {row.reason}.", estimate.NEVER_S)
+        self._requests.refuse_all(row, "unavailable", f"'{row.name}' cannot be loaded: {row.reason}.", estimate.NEVER_S)
         self._settle(row)
 
     # What the work on a pipeline came to.
@@ -385,7 +314,7 @@ class Scheduler:
         row.state, row.wanted, row.ready_since = State.READY, None, self._now
         row.keep_until = max(row.keep_until, self._now + row.policy.keep_alive) if not row.queue else self._now
         if row.leaves is None:
-            self._fill(row)
+            self._requests.fill(row, self._now)
         self._settle(row)
 
     def _parked(self, event: Parked) -> None:
@@ -421,10 +350,7 @@ class Scheduler:
         if row is None or row.state in (State.COLD, State.FAILED):
             return
         was, row.work = row.state, None
-        for request in row.running:
-            del self._running[request]
-        row.running.clear()
-        row.places = 0
+        self._requests.lose(row)
         if was is State.DRAINING:
             self._cold(row)
         elif was is State.READY and self._failures_until_now(row) == 0:
@@ -456,18 +382,17 @@ class Scheduler:
         backoff = min(self._limits.backoff_s * 2.0 ** min(failures, 30), self._limits.max_backoff_s)
         row.retry_at = self._now + backoff
         row.wanted = row.retry_at if row.pinned else None
-        self._refuse_all(row, "unavailable", f"'{row.name}' could not be loaded: {reason}", backoff)
+        self._requests.refuse_all(row, "unavailable", f"'{row.name}' could not be loaded: {reason}", backoff)
         self._settle(row)
 
     # What an operator asks for.
 
-    def _known(self, pipeline: str) -> Row | None:
+    def _operated(self, pipeline: str) -> Row | None:
         self._plan_due = True  # who may be evicted has changed
-        row = self._rows.get(pipeline)
-        return None if row is None or row.removed else row
+        return self._known(pipeline)
 
     def _pin(self, event: Pin) -> None:
-        if row := self._known(event.pipeline):
+        if row := self._operated(event.pipeline):
             self._keep(row)
             self._settle(row)
 
@@ -479,17 +404,17 @@ class Scheduler:
         if row.state is State.DRAINING and row.work is None and row.drains_for is not Why.CATALOG:
             row.state = State.READY
             self._plan_due = True  # its memory was promised
-            self._fill(row)
+            self._requests.fill(row, self._now)
         if row.state not in (State.READY, State.LOADING) and row.wanted is None:
             row.wanted = self._now
 
     def _unpin(self, event: Unpin) -> None:
-        if row := self._known(event.pipeline):
+        if row := self._operated(event.pipeline):
             row.pinned, row.wanted = False, None
             self._settle(row)
 
     def _admin_load(self, event: AdminLoad) -> None:
-        if row := self._known(event.pipeline):
+        if row := self._operated(event.pipeline):
             row.rests = False
             if row.leaves is Why.ADMIN:
                 row.leaves = None
@@ -499,7 +424,7 @@ class Scheduler:
             self._settle(row)
 
     def _admin_unload(self, event: AdminUnload) -> None:
-        if row := self._known(event.pipeline):
+        if row := self._operated(event.pipeline):
             row.pinned, row.wanted = False, None
             if row.state is State.LOADING or row.work in (Work.PARK, Work.WAKE):
                 row.leaves = row.leaves or Why.ADMIN
@@ -509,7 +434,7 @@ class Scheduler:
                 self._settle(row)
 
     def _admin_park(self, event: AdminPark) -> None:
-        if (row := self._known(event.pipeline)) and row.state in (State.READY, State.LOADING):
+        if (row := self._operated(event.pipeline)) and row.state in (State.READY, State.LOADING):
             row.rests = True
             self._settle(row)
 
@@ -539,12 +464,12 @@ class Scheduler:
         if row.pinned and row.state is State.COLD:
             row.wanted = self._now
         if row.state is State.READY:
-            self._fill(row)
+            self._requests.fill(row, self._now)
         self._settle(row)
 
     def _remove(self, row: Row) -> None:
         row.removed, row.pinned, row.wanted = True, False, None
-        self._refuse_all(row, "model_not_found", f"There is no model '{row.name}' any more.")
+        self._requests.refuse_all(row, "model_not_found", f"There is no model '{row.name}' any more.")
         if row.state in (State.COLD, State.FAILED):
             del self._rows[row.name]
         else:
