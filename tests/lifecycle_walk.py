@@ -228,7 +228,7 @@ class Walk:
             if pipeline.state == "ready" and pipeline.work is None and not self.drains(name):
                 assert pipeline.running, "waiting for a place, and all are free"
         if self.transitions % 8 == 0:
-            self.scheduler._plan_due = True
+            self.scheduler._residency.plan_due = True
             assert self.scheduler.step(Tick(self.now)) == [], "something had been left undone"
             self.check_idle_hands()
 
