@@ -44,6 +44,7 @@ class Planner:
         self._plan = Plan()
         self._decided: set[str] = set()  # who comes or leaves by this decision
         self._placed: set[str] = set()
+        self._promised_to: set[str] = set()
         self._free = budget.free
         self._soon = NOTHING  # free once what is being parked or unloaded is
         self._later = NOTHING  # and once what is draining has ended
@@ -97,7 +98,7 @@ class Planner:
             self._plan.steps.append((Step.WAKE if wakes else Step.LOAD, row))
         elif more.within(_positive(coming)):
             self._slots -= not wakes  # it is a moment: nobody starts a long load just before it
-            self._promised = self._promised.plus(more)
+            self._promise(row, more)
         else:
             self._wait_or_evict(row, more, coming)
 
@@ -116,7 +117,11 @@ class Planner:
                 if not victims:
                     return
         self._make_leave(victims)
+        self._promise(row, more)
+
+    def _promise(self, row: Row, more: Memory) -> None:
         self._promised = self._promised.plus(more)
+        self._promised_to.add(row.name)
 
     def _options(self, wanted_by: Row | None, *, patient: bool) -> list[Option]:
         options = []
@@ -125,8 +130,8 @@ class Planner:
                 continue
             if row.state not in (State.READY, State.PARKED) or (patient and (row.running or row.queue)):
                 continue
-            if wanted_by is not None and row.wants_memory(self._now) and row.key <= wanted_by.key:
-                continue  # parked, and its waiters' turn is before
+            if row.name in self._promised_to:
+                continue  # parked, and to be woken before
             if row.state is State.READY and wanted_by is not None:
                 grown_up_at = row.ready_since + row.policy.min_residency
                 if self._now < grown_up_at:

@@ -141,7 +141,6 @@ class Scheduler:
             self._requests.refuse_late(row, waiter, self.eta(row.name, self._now))
         for row in {row.name: row for row, _ in late}.values():
             self._freed(row)
-            self._residency.plan_due = True  # others may have waited behind it
 
     def _freed(self, row: Row) -> None:
         """Places, or the head of the queue, are free: the next start, or the row rests."""
