@@ -26,6 +26,14 @@ async def read_body(scope: Scope, receive: Receive, limit: int, setting: str) ->
     """The whole body. One announced or found to be longer than `limit` is a 413, which names the `setting` that says
     so; no more of it is read.
     """
+    encoding = header(scope, b"content-encoding").strip().lower()
+    if encoding not in ("", "identity"):  # a few compressed bytes can be any number of others
+        raise ApiError(
+            415,
+            "A compressed request body is not taken: send it without the header content-encoding.",
+            code="unsupported_content_encoding",
+            headers={"accept-encoding": "identity"},  # RFC 9110, 15.5.16
+        )
     announced = header(scope, b"content-length")
     if announced.isdecimal() and int(announced) > limit:
         raise too_large("The request body", limit, setting)

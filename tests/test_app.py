@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from gateway import listener
 from gateway.admission import Admission
 from gateway.app import create_app
 from gateway.backend import Delta
@@ -100,10 +101,10 @@ class ScriptedBackend:
 
 
 class Server:
-    def __init__(self, backend, settings, lifespan=None):
+    def __init__(self, backend, settings, lifespan=None, keys=None):
         self.backend = backend
-        app = create_app(backend, settings, lifespan)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", access_log=False))
+        app = create_app(backend, settings, lifespan, keys)
+        self.uvicorn = uvicorn.Server(listener.configure(app, settings, log_level="critical", lifespan="on"))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
