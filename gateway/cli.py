@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -91,12 +93,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _ready(settings: Settings) -> set[str]:
     """The pipelines that a running gateway can answer for; none if there is no gateway."""
-    base = f"http://{settings.host}:{settings.port}"
+    models = urllib.request.Request(f"{settings.url}/v1/models")
+    if key := keys.own_key(os.environ):
+        models.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(f"{base}/v1/models", timeout=1) as response:
+        context = ssl.create_default_context(cafile=settings.tls_cert) if settings.tls_cert else None
+        if context:
+            context.check_hostname = False  # the certificate is known, whatever name it is for
+        with urllib.request.urlopen(models, timeout=1, context=context) as response:
             served = {model["id"] for model in json.load(response)["data"]}
         try:
-            with urllib.request.urlopen(f"{base}/health/ready", timeout=1) as response:
+            with urllib.request.urlopen(f"{settings.url}/health/ready", timeout=1, context=context) as response:
                 health = json.load(response)
         except urllib.error.HTTPError as error:
             health = json.load(error)

@@ -66,12 +66,6 @@ def check_tls(settings: Settings) -> None:
         raise SettingsError(f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY: {pair} cannot be used: {why}") from None
 
 
-def origin(settings: Settings) -> str:
-    """Where it listens, as a client writes it."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
-
-
 def raise_file_limit(settings: Settings) -> None:
     """As many files as the connections need, where the system allows them; else it is said that there are fewer."""
     wanted = settings.max_connections + _OTHER_FILES
@@ -96,4 +90,4 @@ def warn_if_open(settings: Settings, *, keys_required: bool) -> None:
     except ValueError:
         private = settings.host == "localhost"
     if not private and not keys_required:
-        log.warning("anyone who reaches %s may use it: set TRIPTYCH_API_KEYS_FILE", origin(settings))
+        log.warning("anyone who reaches %s may use it: set TRIPTYCH_API_KEYS_FILE", settings.url)

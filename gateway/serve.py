@@ -117,7 +117,7 @@ async def _gateway(settings: Settings, keys: Keys, pipelines: Sequence[Pipeline]
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.handle_exit, number, None)
-    greeter = asyncio.create_task(_greet(server, settings, pipelines, lanes))
+    greeter = asyncio.create_task(_greet(server, settings, keys, pipelines, lanes))
     try:
         await server.serve()
     finally:
@@ -125,8 +125,10 @@ async def _gateway(settings: Settings, keys: Keys, pipelines: Sequence[Pipeline]
     return 0
 
 
-async def _greet(server: uvicorn.Server, settings: Settings, pipelines: Sequence[Pipeline], lanes: Lanes) -> None:
+async def _greet(
+    server: uvicorn.Server, settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], lanes: Lanes
+) -> None:
     """Say so once everything answers."""
     while not (server.started and all(lanes.ready(pipeline.name) for pipeline in pipelines)):
         await asyncio.sleep(0.05)
-    print(greeting(settings.url, pipelines), flush=True)
+    print(greeting(settings.url, pipelines, keyed=keys.required), flush=True)

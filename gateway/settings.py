@@ -72,6 +72,12 @@ class Settings:
             self._check("cors_origins", bool(good), "*, or origins like https://example.com, comma-separated")
 
     @property
+    def url(self) -> str:
+        """Where it listens, as a client writes it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
+
+    @property
     def origins(self) -> list[str]:
         return [origin for part in self.cors_origins.split(",") if (origin := part.strip())]
 

@@ -1133,6 +1133,16 @@ def test_settings_come_from_the_environment():
         ("MAX_QUEUE", "-1"),
         ("MAX_CHOICES", "0"),
         ("MAX_TIMEOUT_MS", "0"),
+        ("KEY_REQUESTS_PER_MINUTE", "-1"),
+        ("KEY_CONCURRENCY", "-1"),
+        ("CORS_ORIGINS", "https://a.example/path"),
+        ("TLS_KEY", "/without/a/certificate"),
+        ("MAX_CONNECTIONS", "0"),
+        ("MAX_HEADER_BYTES", "100"),
+        ("HEADER_TIMEOUT_S", "0"),
+        ("BODY_TIMEOUT_S", "0"),
+        ("WRITE_TIMEOUT_S", "0"),
+        ("IDLE_TIMEOUT_S", "0"),
     ],
 )
 def test_a_bad_setting_names_its_key(key, value):
