@@ -81,6 +81,8 @@ class LaneStream:
             self._cancel(self.id)
 
     def push(self, event: Event) -> None:
+        if self._error:
+            return  # the end was told
         if event.error:
             self.fail(event.error)
             return

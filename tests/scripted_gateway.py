@@ -50,7 +50,7 @@ class Played:
         return True
 
     async def submit(self, submission):
-        return PlayedStream(submission.inputs["messages"])
+        return PlayedStream(str(submission.inputs["messages"]))  # JSON, whether text or bytes
 
 
 async def main():
