@@ -25,6 +25,7 @@ from gateway.generation import Generation, model_not_found
 from gateway.keys import Keys
 from gateway.middleware import RequestContext
 from gateway.protocol import CHAT, COMPLETION
+from gateway.room import Room
 from gateway.settings import Settings
 from gateway.state import AppState, state_of
 from observability import metrics
@@ -50,6 +51,7 @@ def create_app(
     """The gateway over a backend. `lifespan` is entered before the first request, left after the last."""
     admission = Admission(settings.max_concurrency, settings.max_queue)
     keys = keys or Keys()
+    room = Room(settings.max_body_memory_bytes)
 
     @asynccontextmanager
     async def with_state(app: Starlette) -> AsyncIterator[AppState]:
@@ -60,6 +62,7 @@ def create_app(
                 settings=settings,
                 admission=admission,
                 keys=keys,
+                room=room,
                 started=int(time.time()),
             )
 

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.types import Receive, Scope
 
 from gateway.errors import ApiError, ClientGone
+from gateway.room import Share
 
 
 def header(scope: Scope, name: bytes) -> str:
@@ -22,9 +23,9 @@ def header(scope: Scope, name: bytes) -> str:
     return ""
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, setting: str) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, setting: str, share: Share) -> bytes:
     """The whole body. One announced or found to be longer than `limit` is a 413, which names the `setting` that says
-    so; no more of it is read.
+    so; no more of it is read. What is read is of that `share` of the room.
     """
     encoding = header(scope, b"content-encoding").strip().lower()
     if encoding not in ("", "identity"):  # a few compressed bytes can be any number of others
@@ -47,6 +48,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, setting: str) ->
         size += len(part)
         if size > limit:
             raise too_large("The request body", limit, setting)
+        share.take(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)

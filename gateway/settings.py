@@ -31,6 +31,7 @@ class Settings:
     triton_grpc: str = "127.0.0.1:8001"
     max_body_bytes: int = 1024 * 1024  # of a request, without its pictures
     max_image_bytes: int = 32 * 1024 * 1024  # of the pictures in it, as they are written there
+    max_body_memory_bytes: int = 1024 * 1024 * 1024  # of all bodies at once, from their reading to their answers' end
     max_concurrency: int = 512  # choices with the pipelines at once
     max_queue: int = 1024  # requests that wait for their turn; one more is refused
     max_choices: int = 16  # of one request: n of each prompt
@@ -55,6 +56,8 @@ class Settings:
         self._check("triton_grpc", bool(name) and port.isdecimal(), "HOST:PORT")
         self._check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         self._check("max_image_bytes", 0 <= self.max_image_bytes <= _MAX_IMAGE_BYTES, f"0 to {_MAX_IMAGE_BYTES}")
+        largest = self.max_body_bytes + self.max_image_bytes
+        self._check("max_body_memory_bytes", self.max_body_memory_bytes >= largest, f"{largest}, the largest, or more")
         self._check("max_concurrency", self.max_concurrency >= 1, "1 or more")
         self._check("max_choices", self.max_choices >= 1, "1 or more")
         self._check("max_timeout_ms", 1 <= self.max_timeout_ms <= MAX_TIMEOUT_MS, f"1 to {MAX_TIMEOUT_MS}")

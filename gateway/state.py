@@ -10,6 +10,7 @@ from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.formats import Formats
 from gateway.keys import Keys
+from gateway.room import Room
 from gateway.settings import Settings
 
 
@@ -19,6 +20,7 @@ class AppState(TypedDict):
     settings: Settings
     admission: Admission
     keys: Keys
+    room: Room  # for bodies
     started: int  # unix seconds
 
 

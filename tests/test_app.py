@@ -1129,6 +1129,7 @@ def test_settings_come_from_the_environment():
         ("TRITON_GRPC", "localhost"),
         ("TRITON_GRPC", ":8001"),
         ("MAX_BODY_BYTES", "0"),
+        ("MAX_BODY_MEMORY_BYTES", "1000"),
         ("MAX_CONCURRENCY", "0"),
         ("MAX_QUEUE", "-1"),
         ("MAX_CHOICES", "0"),
