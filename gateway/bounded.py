@@ -82,7 +82,7 @@ class Bounded(HttpToolsProtocol):
         self._in_head = True
         self._upgrading = False
         self._messages = 0
-        self._head_bytes = 0
+        self._head_bytes = 0  # of a request's headers that came after their first piece
         self._body_bytes = 0  # of the body itself
         self._frame_bytes = 0  # of what frames its chunks, and follows them
         self._refusal: ApiError | None = None  # nothing more is parsed; it is told when all before it is answered
@@ -111,15 +111,15 @@ class Bounded(HttpToolsProtocol):
         if self._refusal or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
-        head, body, message = self._head_bytes, self._body_bytes, self._messages
+        body, message = self._body_bytes, self._messages
         in_body = self._in_message and not self._in_head
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
             self._refuse(*_why(error))
             return
-        # What httptools collects before it calls back is counted here.
-        if self._in_head and self._in_message and self._head_bytes == head:
+        # httptools collects a head, and what is around a body's chunks, without a bound.
+        if self._in_head and self._in_message and self._messages == message:
             self._head_bytes += len(data)
             if self._head_bytes > self._settings.max_header_bytes:
                 self._refuse(*_why(_HeadTooLarge()))
@@ -152,20 +152,13 @@ class Bounded(HttpToolsProtocol):
         if self._unanswered > MAX_AHEAD:
             raise _TooFarAhead
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._count(len(name) + len(value) + 4)
-        if len(self.headers) > MAX_HEADERS:
-            raise _HeadTooLarge
-
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._upgrading = True
             return
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._settings.max_header_bytes or len(self.headers) > MAX_HEADERS:
+            raise _HeadTooLarge
         super().on_headers_complete()
         self._in_head = False
         self._stop_reading()
@@ -214,11 +207,6 @@ class Bounded(HttpToolsProtocol):
         """Closes it, with nothing to say."""
         metrics.CONNECTIONS_ENDED.labels(reason).inc()
         self.transport.close()
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > self._settings.max_header_bytes:
-            raise _HeadTooLarge
 
     def _feed(self, data: bytes) -> None:
         """Parses it. The parser takes the body of a request that asks for an upgrade for another protocol, so such a

@@ -1,7 +1,7 @@
 """The gateway as a process of its own, over a backend that plays what the request's user text says; for faults.
 
 Prints its port. Settings come from the environment. `forever` streams without end, `never` says nothing, `slowly` takes
-a second, and anything else is answered at once.
+a second, `plenty` is 20 MB at once, and anything else is answered at once.
 """
 
 import asyncio
@@ -34,6 +34,8 @@ class PlayedStream:
             return Delta([TEXT])
         if "never" in self._text:
             await asyncio.sleep(3600)
+        if "plenty" in self._text:
+            return Delta([TEXT * 20_000], "stop", 3, 1)
         if "slowly" in self._text:
             await asyncio.sleep(1)
         return Delta(["Hello"], "stop", 3, 1)
