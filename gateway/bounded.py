@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import http
 import os
+import select
 import socket
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.errors import ApiError, failure_of
 from gateway.settings import Settings
@@ -27,7 +28,10 @@ MAX_HEADERS = 100
 MAX_FRAME = 8  # bytes around each byte of a chunked body: one that comes byte by byte has five
 MAX_AHEAD = 8  # requests sent before the one that is being answered is
 LINGER_S = 2.0  # to read what a refused client still sends: to close upon it would destroy the answer on its way
+LOOK_S = 0.1
 UNSENT_BYTES = 64 * 1024  # that the kernel holds of one connection
+
+_GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class Connections:
@@ -77,7 +81,9 @@ class Bounded(HttpToolsProtocol):
         self._connections = connections
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
-        self._unanswered = 0  # requests whose headers are complete and whose answers are not
+        self._looking: asyncio.TimerHandle | None = None
+        # Requests whose headers are complete and whose answers are not; the first is being answered.
+        self._unanswered: deque[RequestResponseCycle] = deque()
         self._in_message = False
         self._in_head = True
         self._upgrading = False
@@ -104,7 +110,11 @@ class Bounded(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn forgets it where there was an error
         _stop(self._reading)
         _stop(self._writing)
-        self._reading = self._writing = None
+        _stop(self._looking)
+        self._reading = self._writing = self._looking = None
+        for cycle in self._unanswered:  # uvicorn tells the last one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -130,7 +140,9 @@ class Bounded(HttpToolsProtocol):
                 self._refuse(*_why(_HeadTooLarge()))
                 return
         if self._reading is None and (self._in_message or not self._unanswered):
-            self._read_within(self._settings.header_timeout_s if self._in_head else self._settings.body_timeout_s)
+            self._read_next_part()
+        if self.flow.read_paused and self._looking is None:
+            self._looking = self.loop.call_later(LOOK_S, self._look)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -149,7 +161,7 @@ class Bounded(HttpToolsProtocol):
         self._in_message, self._in_head = True, True
         self._messages += 1
         self._head_bytes = self._body_bytes = self._frame_bytes = 0
-        if self._unanswered > MAX_AHEAD:
+        if len(self._unanswered) > MAX_AHEAD:
             raise _TooFarAhead
 
     def on_headers_complete(self) -> None:
@@ -162,7 +174,7 @@ class Bounded(HttpToolsProtocol):
         super().on_headers_complete()
         self._in_head = False
         self._stop_reading()
-        self._unanswered += 1
+        self._unanswered.append(self.cycle)
         self._connections.busy(self)
 
     def on_body(self, body: bytes) -> None:
@@ -180,22 +192,22 @@ class Bounded(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._unanswered -= 1
+        self._unanswered.popleft()
         if self.transport.get_write_buffer_size():
             self._write_within(self._settings.write_timeout_s)
         if self.transport.is_closing():
             return
-        if self._unanswered == 0:
+        if not self._unanswered:
             self._connections.idle(self)
         if self._refusal:
             self._tell()
-        elif self._in_message and not self._in_head and self._unanswered == 0:
+        elif self._in_message and not self._in_head and not self._unanswered:
             # It was answered before it had sent its body, so a client that waits for that may learn of it.
             self._read_within(LINGER_S)
 
     def shutdown(self) -> None:
         super().shutdown()
-        if self._refusal and self._unanswered == 0:
+        if self._refusal and not self._unanswered:
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
@@ -231,6 +243,21 @@ class Bounded(HttpToolsProtocol):
                 lines.append(name + b": " + value)
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
+    def _look(self) -> None:
+        """Whether the client has left. While nothing is read (a request is sent ahead) its end is not read either."""
+        self._looking = None
+        if self.transport.is_closing() or not self.flow.read_paused:
+            return
+        watch = select.poll()
+        watch.register(self.transport.get_extra_info("socket").fileno(), _GONE)
+        if watch.poll(0):
+            self.transport.abort()
+        else:
+            self._looking = self.loop.call_later(LOOK_S, self._look)
+
+    def _read_next_part(self) -> None:
+        self._read_within(self._settings.header_timeout_s if self._in_head else self._settings.body_timeout_s)
+
     def _read_within(self, seconds: float) -> None:
         _stop(self._reading)
         self._reading = self.loop.call_later(seconds, self._late)
@@ -246,11 +273,11 @@ class Bounded(HttpToolsProtocol):
         if not self._in_message:
             if not self._unanswered:
                 self.end("idle")
+        elif self.flow.read_paused:  # it is not the client that waits
+            self._read_next_part()
         elif self._in_head:
             message = f"The request's headers did not come within {self._settings.header_timeout_s} s."
             self._refuse(ApiError(408, message, code="request_timeout"), "slow_headers")
-        elif self.flow.read_paused:  # it is not the client that waits
-            self._read_within(self._settings.body_timeout_s)
         elif self.cycle.response_complete:
             self.end("slow_body")
         else:
@@ -278,7 +305,7 @@ class Bounded(HttpToolsProtocol):
             if cycle.response_started:
                 self.transport.close()
                 return
-            self._unanswered -= 1
+            self._unanswered.pop()
             if self.pipeline and self.pipeline[0][0] is cycle:
                 self.pipeline.popleft()
             else:

@@ -575,3 +575,21 @@ def test_clients_that_leave(gateway, text, stream):
     for connection in connections:
         connection.close()
     wait_for(lambda: gateway.sample(IN_FLIGHT) == 0)
+
+
+@pytest.mark.parametrize("ahead", [request(HELLO), request(HELLO) * 3, request(b"y" * 500_000, path="/nope")])
+def test_a_client_that_leaves_with_requests_sent_ahead(gateway, ahead):
+    """Nothing is read of it then, and still its leaving is seen."""
+    with gateway.connect() as connection:
+        connection.sendall(request(asking("never")) + ahead)
+        wait_for(lambda: gateway.sample(IN_FLIGHT) == 1)
+    wait_for(lambda: gateway.sample(IN_FLIGHT) == 0)
+
+
+def test_requests_sent_ahead_wait_as_long_as_they_must(gateway):
+    """Longer than a client may take for its headers: it is the server that does not read them."""
+    with gateway.connect() as connection:
+        connection.sendall(request(asking("slowly")) * 3 + request(HELLO, "connection: close")[:-5])
+        time.sleep(0.1)
+        connection.sendall(request(HELLO, "connection: close")[-5:])
+        assert read_all(connection).count(b"HTTP/1.1 200 ") == 4
