@@ -10,6 +10,7 @@ import pytest
 
 from gateway import keys
 from gateway.access import may_administer
+from gateway.backend import Delta
 from gateway.keys import Keys, line_of, new_key
 from gateway.ratelimit import Limits
 from gateway.settings import Settings
@@ -20,7 +21,6 @@ from tests.test_app import (
     ANSWER,
     CHAT_PATH,
     COMPLETION_PATH,
-    FOREVER,
     HELLO,
     PROMPT,
     ScriptedBackend,
@@ -171,26 +171,25 @@ def test_headers_are_on_every_answer_of_a_limited_key(server):
     assert "x-ratelimit-limit-requests" not in server.post(CHAT_PATH, HELLO, **bearer(ALICE)).headers
 
 
-@pytest.mark.parametrize("end", ["answer", "leave", "error"])
+@pytest.mark.parametrize(
+    "end", [Delta(["Hello"], "stop", 3, 1), ValueError("a bug"), None], ids=["answer", "bug", "leave"]
+)
 def test_requests_at_a_time(server, end):
-    server.backend.steps = {
-        "answer": [ACCEPTED, 0.3, *ANSWER],
-        "leave": [ACCEPTED, FOREVER],
-        "error": [0.3, ValueError()],
-    }[end]
+    server.backend.steps = [ACCEPTED, *[0.02] * 10_000]
     body = orjson.dumps(HELLO)
     head = (
         f"POST {CHAT_PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {CAROL}\r\ncontent-length: {len(body)}\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(head.encode() + body)
         wait_for(lambda: server.backend.streams)
         refused = server.post(CHAT_PATH, HELLO, **bearer(CAROL))
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert refused.headers["retry-after"] == "1"
-        if end != "leave":
+        if end:
+            server.backend.streams[0].steps.appendleft(end)
             assert connection.recv(65536)
-    server.backend.reset()
+    server.backend.steps = ANSWER
     wait_for(lambda: server.post(CHAT_PATH, HELLO, **bearer(CAROL)).status_code == 200)
 
 
