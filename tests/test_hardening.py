@@ -154,7 +154,7 @@ def module_gateway():
 
 @pytest.fixture
 def gateway(module_gateway):
-    """Whatever a test does, the gateway lives on, serves, and has grown by less than the allocator keeps of a few bodies."""
+    """Whatever a test does, the gateway lives on, serves, and has grown by no more than the allocator keeps."""
     before = module_gateway.rss()
     yield module_gateway
     assert module_gateway.process.poll() is None
