@@ -10,31 +10,48 @@ import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway import objects
+from gateway.access import Access
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.errors import ApiError, handle
 from gateway.formats import Formats
 from gateway.generation import Generation, model_not_found
+from gateway.keys import Keys
 from gateway.middleware import RequestContext
 from gateway.protocol import CHAT, COMPLETION
+from gateway.room import Room
 from gateway.settings import Settings
 from gateway.state import AppState, state_of
 from observability import metrics
 from pipelines.errors import StageError
+
+EXPOSED = [  # to web pages, of the headers
+    "x-request-id",
+    "server-timing",
+    "retry-after",
+    "retry-after-ms",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+]
 
 
 def create_app(
     backend: Backend,
     settings: Settings,
     lifespan: Callable[[], AbstractAsyncContextManager[None]] | None = None,
+    keys: Keys | None = None,
 ) -> Starlette:
     """The gateway over a backend. `lifespan` is entered before the first request, left after the last."""
     admission = Admission(settings.max_concurrency, settings.max_queue)
+    keys = keys or Keys()
+    room = Room(settings.max_body_memory_bytes)
 
     @asynccontextmanager
     async def with_state(app: Starlette) -> AsyncIterator[AppState]:
@@ -44,17 +61,35 @@ def create_app(
                 formats=Formats(backend.pipelines().values()),
                 settings=settings,
                 admission=admission,
+                keys=keys,
+                room=room,
                 started=int(time.time()),
             )
 
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(RequestContext)],
+        middleware=[*_cors(settings.origins), Middleware(RequestContext), Middleware(Access, keys=keys)],
         exception_handlers={StageError: handle, ApiError: handle, HTTPException: handle},
         lifespan=with_state,
     )
     app.router.redirect_slashes = False  # an unknown URL is a 404, not a way to another one
     return app
+
+
+def _cors(origins: list[str]) -> list[Middleware]:
+    """Outside everything, so that a page may read every answer, and a preflight needs no key (it has none)."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+            max_age=3600,
+        )
+    ]
 
 
 async def list_models(request: Request) -> Response:

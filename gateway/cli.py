@@ -1,15 +1,22 @@
-"""The command `triptych`: serve, pull, pipelines, doctor. Errors a user can mend are one sentence and exit code 1."""
+"""The command `triptych`: serve, pull, pipelines, key, doctor.
+
+Errors a user can mend are one sentence and exit code 1.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
+import ssl
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Sequence
 
+from gateway import keys
+from gateway.ratelimit import MAX_LIMIT, Limits
 from gateway.settings import Settings, SettingsError
 from pipelines.pipeline import DEFAULTS, CatalogError, Pipeline, get_pipeline, load_catalog
 
@@ -65,6 +72,19 @@ def _way(pipeline: Pipeline) -> str:
     return pipeline.way_file.read_text() if pipeline.way_file.exists() else ""
 
 
+def _key(options: argparse.Namespace) -> int:
+    """The key goes to stdout's first line and into no file: what is kept is its digest, the second."""
+    limits = Limits(options.rpm, options.concurrency)
+    if options.stdin:
+        print(keys.line_of(options.name, keys.given_key(sys.stdin.readline()), limits))
+        return 0
+    key = keys.new_key()
+    line = keys.line_of(options.name, key, limits)
+    print("the key, for its owner, shown this once; the line below is for the file", file=sys.stderr)
+    print(key, line, sep="\n")
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from gateway.doctor import doctor
 
@@ -73,12 +93,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _ready(settings: Settings) -> set[str]:
     """The pipelines that a running gateway can answer for; none if there is no gateway."""
-    base = f"http://{settings.host}:{settings.port}"
+    models = urllib.request.Request(f"{settings.url}/v1/models")
+    if key := keys.own_key(os.environ):
+        models.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(f"{base}/v1/models", timeout=1) as response:
+        context = ssl.create_default_context(cafile=settings.tls_cert) if settings.tls_cert else None
+        if context:
+            context.check_hostname = False  # the certificate is known, whatever name it is for
+        with urllib.request.urlopen(models, timeout=1, context=context) as response:
             served = {model["id"] for model in json.load(response)["data"]}
         try:
-            with urllib.request.urlopen(f"{base}/health/ready", timeout=1) as response:
+            with urllib.request.urlopen(f"{settings.url}/health/ready", timeout=1, context=context) as response:
                 health = json.load(response)
         except urllib.error.HTTPError as error:
             health = json.load(error)
@@ -118,11 +143,24 @@ def _parser() -> argparse.ArgumentParser:
     pipelines.add_argument("--port", type=int, help="its port (8080)")
     pipelines.set_defaults(run=_pipelines)
 
+    key = commands.add_parser("key", help="make an API key, and the line of TRIPTYCH_API_KEYS_FILE that knows it")
+    key.add_argument("name", metavar="NAME", help="whose it is")
+    key.add_argument("--rpm", type=_limit, default=0, metavar="N", help="requests a minute")
+    key.add_argument("--concurrency", type=_limit, default=0, metavar="N", help="requests at a time")
+    key.add_argument("--stdin", action="store_true", help="hash a key that is read from stdin")
+    key.set_defaults(run=_key)
+
     doctor = commands.add_parser("doctor", help="check what serving needs")
     doctor.add_argument("--port", type=int, help="the gateway's port to check (8080)")
     doctor.add_argument("--triton-grpc-port", type=int, help="Triton's gRPC port to check (8001)")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _limit(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) <= MAX_LIMIT):
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_LIMIT}")
+    return int(text)
 
 
 def _say(error: Exception) -> int:

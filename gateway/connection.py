@@ -12,6 +12,7 @@ from typing import Any
 from starlette.types import Receive, Scope
 
 from gateway.errors import ApiError, ClientGone
+from gateway.room import Share
 
 
 def header(scope: Scope, name: bytes) -> str:
@@ -22,10 +23,18 @@ def header(scope: Scope, name: bytes) -> str:
     return ""
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, setting: str) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, setting: str, share: Share) -> bytes:
     """The whole body. One announced or found to be longer than `limit` is a 413, which names the `setting` that says
-    so; no more of it is read.
+    so; no more of it is read. What is read is of that `share` of the room.
     """
+    encoding = header(scope, b"content-encoding").strip().lower()
+    if encoding not in ("", "identity"):  # a few compressed bytes can be any number of others
+        raise ApiError(
+            415,
+            "A compressed request body is not taken: send it without the header content-encoding.",
+            code="unsupported_content_encoding",
+            headers={"accept-encoding": "identity"},  # RFC 9110, 15.5.16
+        )
     announced = header(scope, b"content-length")
     if announced.isdecimal() and int(announced) > limit:
         raise too_large("The request body", limit, setting)
@@ -39,6 +48,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, setting: str) ->
         size += len(part)
         if size > limit:
             raise too_large("The request body", limit, setting)
+        share.take(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)

@@ -37,12 +37,23 @@ _RETRY_AFTER_S = {"overloaded": 1, "unavailable": 2, "unhealthy": 2}
 class ApiError(Exception):
     """A refusal of the gateway's own, that no stage can have: an unknown model, a body too large."""
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        type: str = "",  # where OpenAI's is not the status's own
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
+        self.type = type
+        self.headers = headers or {}
 
 
 class ClientGone(Exception):
@@ -59,12 +70,13 @@ class Failure:
     param: str | None = None
     stage: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    type: str = ""  # the status's own, if empty
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error object; `stage` is ours, where one is known."""
         error: dict[str, Any] = {
             "message": self.message,
-            "type": _type(self.status),
+            "type": self.type or _type(self.status),
             "param": self.param,
             "code": self.code,
         }
@@ -84,7 +96,7 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
             headers["retry-after"] = str(_RETRY_AFTER_S[error.code])
         return Failure(_STATUS[error.code], error.code, message, error.param, error.stage, headers)
     if isinstance(error, ApiError):
-        return Failure(error.status, error.code, error.message, error.param)
+        return Failure(error.status, error.code, error.message, error.param, headers=error.headers, type=error.type)
     if isinstance(error, HTTPException):
         return _of_http(error)
     return _internal(error, request_id)

@@ -21,6 +21,7 @@ from gateway.errors import ApiError, Failure, failure_of, log_failure
 from gateway.objects import Head
 from gateway.protocol import GenerationRequest, Operation
 from gateway.report import Report
+from gateway.room import Share
 from gateway.sse import Events, Written, write_stream
 from gateway.state import state_of
 from pipelines.answer.formats import AnswerFormat
@@ -44,20 +45,20 @@ class Generation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = state_of(scope)
         began = time.monotonic()
-        with Report(scope, self.operation) as report:
+        with Report(scope, self.operation) as report, state["room"].share() as share:
             timeout_ms = _timeout_ms(scope, state["settings"].max_timeout_ms)
-            request = await self._request(scope, receive)
+            request = await self._request(scope, receive, share)
             report.served(request)
             deadline = _Deadline(Terms(request.priority, timeout_ms), began)
             await while_connected(receive, self._serve(request, deadline, report, scope, receive, send))
 
-    async def _request(self, scope: Scope, receive: Receive) -> GenerationRequest:
+    async def _request(self, scope: Scope, receive: Receive, share: Share) -> GenerationRequest:
         """Read, parsed, and possible for the pipeline that it names."""
         settings, pipelines = state_of(scope)["settings"], state_of(scope)["backend"].pipelines()
         limit, setting = settings.max_body_bytes, "TRIPTYCH_MAX_BODY_BYTES"
         if any(pipeline.takes_images for pipeline in pipelines.values()):
             limit, setting = limit + settings.max_image_bytes, f"{setting} and TRIPTYCH_MAX_IMAGE_BYTES"
-        body = await read_body(scope, receive, limit, setting)
+        body = await read_body(scope, receive, limit, setting, share)
         # To parse tens of megabytes takes tens of milliseconds, in which nobody else would be served.
         parse = asyncio.to_thread if len(body) > _LARGE_BODY else _at_once
         request = await parse(protocol.parse_request, self.operation, body, settings.max_choices)

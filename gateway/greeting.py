@@ -13,19 +13,20 @@ from pipelines.pipeline import Pipeline
 _SIDE = 64
 
 
-def greeting(url: str, pipelines: Sequence[Pipeline]) -> str:
+def greeting(url: str, pipelines: Sequence[Pipeline], *, keyed: bool = False) -> str:
     names = ", ".join(pipeline.name for pipeline in pipelines)
     tried: list[Pipeline] = []
     for takes_images in (False, True):
         tried += [pipeline for pipeline in pipelines if pipeline.takes_images is takes_images][:1]
-    commands = "\n".join(_command(url, pipeline) for pipeline in tried)
+    commands = "\n".join(_command(url, pipeline, keyed) for pipeline in tried)
     return f"\nTriptych serves {names} on {url}. Try:\n\n{commands}"
 
 
-def _command(url: str, pipeline: Pipeline) -> str:
+def _command(url: str, pipeline: Pipeline, keyed: bool) -> str:
     content = _about_a_picture() if pipeline.takes_images else "What is the capital of France?"
     chat = json.dumps({"model": pipeline.name, "messages": [{"role": "user", "content": content}], "temperature": 0})
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'\n"
+    key = ' -H "authorization: Bearer $KEY"' if keyed else ""
+    return f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{chat}'\n"
 
 
 def _about_a_picture() -> list[dict[str, object]]:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -30,6 +29,8 @@ log = logging.getLogger(__name__)
 
 ROTATE_AFTER = 1000  # messages: a response stream that never ends grows the server by 2 KB each (DESIGN §3)
 SILENT_S = 5.0  # a lane without a message for so long is dead; a heartbeat comes ten times as often
+MAX_BACKLOG = 128 * 1024  # bytes that wait for one client which has not read for a while: some 2,000 tokens
+_SLOW_S = 1.0  # what comes faster than this is a burst, and not a slow client
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
 _MAX_MESSAGE = 2**31 - 1  # gRPC's own limit: how large a request may be is the gateway's to say (`Settings`)
@@ -48,14 +49,16 @@ class LaneStream:
         self.id = id
         self._cancel = cancel
         self._accept_timeout_s: float | None = accept_timeout_s
-        self._deltas: deque[Delta] = deque()
+        self._delta: Delta | None = None  # what has come since the last call
+        self._backlog = 0  # about the bytes of it
+        self._since = 0.0  # when the first of it came
         self._error: StageError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
 
     async def next(self) -> Delta:
         """What has come since the last call, as one delta: a slow client gets larger ones."""
-        while not self._deltas:
+        while self._delta is None:
             if self._error:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
@@ -69,15 +72,7 @@ class LaneStream:
                 ) from None
         # From here on silence is legitimate (a queue, a long prefill); heartbeats say that the pipeline lives.
         self._accept_timeout_s = None
-        delta = self._deltas.popleft()
-        while self._deltas:
-            later = self._deltas.popleft()
-            delta = later._replace(
-                texts=delta.texts + later.texts,
-                prompt_tokens=delta.prompt_tokens or later.prompt_tokens,
-                pictures=delta.pictures or later.pictures,
-                logprobs=_side_by_side(delta, later) if delta.logprobs or later.logprobs else (),
-            )
+        delta, self._delta, self._backlog = self._delta, None, 0
         return delta
 
     def cancel(self) -> None:
@@ -86,23 +81,52 @@ class LaneStream:
             self._cancel(self.id)
 
     def push(self, event: Event) -> None:
+        if self._error:
+            return  # the end was told
         if event.error:
             self.fail(event.error)
             return
         self._ended = bool(event.finish_reason)
         _, texts, reason, prompt_tokens, completion_tokens, stages, _, logprobs, cached_tokens, pictures = event
-        self._deltas.append(
-            Delta(texts, reason, prompt_tokens, completion_tokens, stages, logprobs, cached_tokens, pictures)
-        )
+        delta = Delta(texts, reason, prompt_tokens, completion_tokens, stages, logprobs, cached_tokens, pictures)
+        if self._delta is None:
+            self._delta, self._since = delta, time.monotonic()
+        else:
+            self._backlog += _size(delta)
+            if self._backlog > MAX_BACKLOG and time.monotonic() - self._since > _SLOW_S:
+                self._give_up()
+                return
+            self._delta = _merged(self._delta, delta)
         self._notify()
 
     def fail(self, error: StageError) -> None:
         self._ended, self._error = True, error
         self._notify()
 
+    def _give_up(self) -> None:
+        """The pipeline cannot be held back, and what it says for a client that does not read must not pile up."""
+        self._ended, self._delta = True, None
+        self._cancel(self.id)
+        self.fail(StageError("The answer was not read as fast as it was made.", code="timeout"))
+
     def _notify(self) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _merged(earlier: Delta, later: Delta) -> Delta:
+    return later._replace(
+        texts=earlier.texts + later.texts,
+        prompt_tokens=earlier.prompt_tokens or later.prompt_tokens,
+        pictures=earlier.pictures or later.pictures,
+        logprobs=_side_by_side(earlier, later) if earlier.logprobs or later.logprobs else (),
+    )
+
+
+def _size(delta: Delta) -> int:
+    """About the memory that it takes in a backlog."""
+    entries = sum(1 + len(entry.top) for each in delta.logprobs for entry in each)
+    return sum(map(len, delta.texts)) + 60 * len(delta.texts) + 200 * entries
 
 
 def _side_by_side(*deltas: Delta) -> list[list[Entry]]:

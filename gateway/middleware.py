@@ -34,6 +34,8 @@ class RequestContext:
         state = scope["state"]
         state["request_id"] = request_id
         state["timings"] = timings
+        headers: list[tuple[bytes, bytes]] = []
+        state["headers"] = headers
         started = False
 
         def send_with_context(message: Message) -> Awaitable[None]:  # not a coroutine: that costs each chunk
@@ -45,6 +47,7 @@ class RequestContext:
                     *message.get("headers", ()),
                     (b"x-request-id", request_id.encode()),
                     (b"server-timing", server_timing(timings)),
+                    *headers,
                 ]
             return send(message)
 

@@ -224,6 +224,7 @@ def _http_attributes(scope: Scope, operation: Operation, request_id: str) -> Map
         "server.address": host,
         "server.port": port,
         "triptych.request_id": request_id,
+        "triptych.key": scope["state"].get("key"),  # its name
     }
 
 

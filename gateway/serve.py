@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import uvicorn
 import uvloop
 
+from gateway import listener
 from gateway.app import create_app
 from gateway.greeting import greeting
+from gateway.keys import Keys, forget_secrets
 from gateway.lane import Lanes
+from gateway.ratelimit import Limits
 from gateway.settings import Settings
 from gateway.supervisor import Supervisor
 from gateway.triton import Triton, TritonError, port_is_free
@@ -39,6 +43,11 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     logs.configure()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it tells at the start, `_greeting` does
     tracing.configure("triptych-gateway")
+    keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
+    forget_secrets(os.environ)
+    listener.check_tls(settings)
+    listener.warn_if_open(settings, keys_required=keys.required)
+    listener.raise_file_limit(settings)
     if not port_is_free(settings.port, settings.host):
         raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
     for pipeline in pipelines:
@@ -50,7 +59,7 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
         triton.start()
         print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
         triton.wait_ready(LOAD_S, lambda model: print(f"  {model} is ready", file=sys.stderr))
-        return uvloop.run(_gateway(settings, pipelines, triton))
+        return uvloop.run(_gateway(settings, keys, pipelines, triton))
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave a server behind
@@ -91,7 +100,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Triton) -> int:
+async def _gateway(settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], triton: Triton) -> int:
     served = {pipeline.name: pipeline for pipeline in pipelines}
     lanes = Lanes(settings.triton_grpc, served, accept_timeout_s=settings.accept_timeout_s)
 
@@ -103,20 +112,12 @@ async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Tr
             supervisor.cancel()  # stubs that end from here on are meant to
             await asyncio.wait([supervisor])
 
-    config = uvicorn.Config(
-        create_app(lanes, settings, lifespan),
-        host=settings.host,
-        port=settings.port,
-        http="httptools",
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=DRAIN_S,
-    )
-    server = _Server(config)
+    app = create_app(lanes, settings, lifespan, keys)
+    server = _Server(listener.configure(app, settings, timeout_graceful_shutdown=DRAIN_S))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.handle_exit, number, None)
-    greeter = asyncio.create_task(_greet(server, settings, pipelines, lanes))
+    greeter = asyncio.create_task(_greet(server, settings, keys, pipelines, lanes))
     try:
         await server.serve()
     finally:
@@ -124,8 +125,10 @@ async def _gateway(settings: Settings, pipelines: Sequence[Pipeline], triton: Tr
     return 0
 
 
-async def _greet(server: uvicorn.Server, settings: Settings, pipelines: Sequence[Pipeline], lanes: Lanes) -> None:
+async def _greet(
+    server: uvicorn.Server, settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], lanes: Lanes
+) -> None:
     """Say so once everything answers."""
     while not (server.started and all(lanes.ready(pipeline.name) for pipeline in pipelines)):
         await asyncio.sleep(0.05)
-    print(greeting(f"http://{settings.host}:{settings.port}", pipelines), flush=True)
+    print(greeting(settings.url, pipelines, keyed=keys.required), flush=True)

@@ -6,13 +6,16 @@ Errors name the key. Knows nothing of what the settings are for.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from gateway.ratelimit import MAX_LIMIT
 from pipelines.terms import MAX_TIMEOUT_MS
 
 PREFIX = "TRIPTYCH_"
 _MAX_IMAGE_BYTES = 2**30  # gRPC's messages end at twice that
+_ORIGIN = re.compile(r"https?://[^/\s]+")  # as a browser names one: no path, no slash at the end
 
 
 class SettingsError(ValueError):
@@ -28,11 +31,23 @@ class Settings:
     triton_grpc: str = "127.0.0.1:8001"
     max_body_bytes: int = 1024 * 1024  # of a request, without its pictures
     max_image_bytes: int = 32 * 1024 * 1024  # of the pictures in it, as they are written there
+    max_body_memory_bytes: int = 1024 * 1024 * 1024  # of all bodies at once, from their reading to their answers' end
     max_concurrency: int = 512  # choices with the pipelines at once
     max_queue: int = 1024  # requests that wait for their turn; one more is refused
     max_choices: int = 16  # of one request: n of each prompt
     max_timeout_ms: int = 3_600_000  # the longest that a request may give itself; a longer one is cut to it
     accept_timeout_s: int = 30  # for a pipeline to take a request: preprocess, which takes milliseconds
+    key_requests_per_minute: int = 0  # of a key that says nothing else; 0 is no limit
+    key_concurrency: int = 0  # and how many of its requests at a time
+    cors_origins: str = ""  # of web pages that may ask, comma-separated, or *
+    tls_cert: str = ""  # files: the chain, and its key
+    tls_key: str = ""
+    max_connections: int = 4096  # one more closes the one that has been idle longest
+    max_header_bytes: int = 32 * 1024  # of a request: its first line and its headers
+    header_timeout_s: int = 10  # for a request's headers to come
+    body_timeout_s: int = 120  # for its body
+    write_timeout_s: int = 30  # for a client to go on reading
+    idle_timeout_s: int = 75  # for a kept connection's next request; longer than the official client keeps one
 
     def __post_init__(self) -> None:
         self._check("host", bool(self.host), "an address to listen on")
@@ -41,11 +56,33 @@ class Settings:
         self._check("triton_grpc", bool(name) and port.isdecimal(), "HOST:PORT")
         self._check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         self._check("max_image_bytes", 0 <= self.max_image_bytes <= _MAX_IMAGE_BYTES, f"0 to {_MAX_IMAGE_BYTES}")
+        largest = self.max_body_bytes + self.max_image_bytes
+        self._check("max_body_memory_bytes", self.max_body_memory_bytes >= largest, f"{largest}, the largest, or more")
         self._check("max_concurrency", self.max_concurrency >= 1, "1 or more")
         self._check("max_choices", self.max_choices >= 1, "1 or more")
         self._check("max_timeout_ms", 1 <= self.max_timeout_ms <= MAX_TIMEOUT_MS, f"1 to {MAX_TIMEOUT_MS}")
         self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
+        for key in ("key_requests_per_minute", "key_concurrency"):
+            self._check(key, 0 <= getattr(self, key) <= MAX_LIMIT, f"0 (no limit) to {MAX_LIMIT}")
+        self._check("max_connections", self.max_connections >= 1, "1 or more")
+        self._check("max_header_bytes", self.max_header_bytes >= 1024, "1024 or more")
+        for key in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "idle_timeout_s"):
+            self._check(key, getattr(self, key) >= 1, "1 or more")
+        self._check("tls_key", bool(self.tls_cert) or not self.tls_key, f"given with {PREFIX}TLS_CERT")
+        for origin in self.origins:
+            good = origin == "*" or _ORIGIN.fullmatch(origin)
+            self._check("cors_origins", bool(good), "*, or origins like https://example.com, comma-separated")
+
+    @property
+    def url(self) -> str:
+        """Where it listens, as a client writes it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
+
+    @property
+    def origins(self) -> list[str]:
+        return [origin for part in self.cors_origins.split(",") if (origin := part.strip())]
 
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:

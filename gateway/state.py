@@ -9,6 +9,8 @@ from starlette.types import Scope
 from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.formats import Formats
+from gateway.keys import Keys
+from gateway.room import Room
 from gateway.settings import Settings
 
 
@@ -17,12 +19,16 @@ class AppState(TypedDict):
     formats: Formats
     settings: Settings
     admission: Admission
+    keys: Keys
+    room: Room  # for bodies
     started: int  # unix seconds
 
 
 class RequestState(AppState):
     request_id: str
     timings: dict[str, float]  # ms by name, in order: what Server-Timing says
+    headers: list[tuple[bytes, bytes]]  # what else the response has, whatever answers
+    key: str  # whose it is; missing where no key was asked for
 
 
 def state_of(scope: Scope) -> RequestState:

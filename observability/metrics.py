@@ -87,6 +87,12 @@ ABORTED = Counter(
     ["pipeline", "reason"],
     registry=REGISTRY,
 )
+CONNECTIONS_ENDED = Counter(
+    "triptych_connections_ended",
+    "Connections that the gateway ended for what the client did, by reason.",
+    ["reason"],
+    registry=REGISTRY,
+)
 LANE_MESSAGES = Counter("triptych_lane_messages", "Messages received on lanes.", ["pipeline"], registry=REGISTRY)
 PIPELINE_READY = Gauge(
     "triptych_pipeline_ready", "1 when the pipeline can answer, else 0.", ["pipeline"], registry=REGISTRY

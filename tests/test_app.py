@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from gateway import listener
 from gateway.admission import Admission
 from gateway.app import create_app
 from gateway.backend import Delta
@@ -100,10 +101,10 @@ class ScriptedBackend:
 
 
 class Server:
-    def __init__(self, backend, settings, lifespan=None):
+    def __init__(self, backend, settings, lifespan=None, keys=None):
         self.backend = backend
-        app = create_app(backend, settings, lifespan)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", access_log=False))
+        app = create_app(backend, settings, lifespan, keys)
+        self.uvicorn = uvicorn.Server(listener.configure(app, settings, log_level="critical", lifespan="on"))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -1128,10 +1129,21 @@ def test_settings_come_from_the_environment():
         ("TRITON_GRPC", "localhost"),
         ("TRITON_GRPC", ":8001"),
         ("MAX_BODY_BYTES", "0"),
+        ("MAX_BODY_MEMORY_BYTES", "1000"),
         ("MAX_CONCURRENCY", "0"),
         ("MAX_QUEUE", "-1"),
         ("MAX_CHOICES", "0"),
         ("MAX_TIMEOUT_MS", "0"),
+        ("KEY_REQUESTS_PER_MINUTE", "-1"),
+        ("KEY_CONCURRENCY", "-1"),
+        ("CORS_ORIGINS", "https://a.example/path"),
+        ("TLS_KEY", "/without/a/certificate"),
+        ("MAX_CONNECTIONS", "0"),
+        ("MAX_HEADER_BYTES", "100"),
+        ("HEADER_TIMEOUT_S", "0"),
+        ("BODY_TIMEOUT_S", "0"),
+        ("WRITE_TIMEOUT_S", "0"),
+        ("IDLE_TIMEOUT_S", "0"),
     ],
 )
 def test_a_bad_setting_names_its_key(key, value):

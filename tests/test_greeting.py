@@ -30,6 +30,13 @@ def test_each_kind_of_pipeline_has_a_command():
     assert [body["model"] for body in bodies(TEXT, TEXT)] == ["text"]
 
 
+def test_a_gateway_with_keys_says_where_one_goes():
+    (command,) = [line for line in greeting(URL, [TEXT], keyed=True).splitlines() if line.startswith("curl ")]
+    words = shlex.split(command)
+    assert words[words.index("-H") + 1] == "authorization: Bearer $KEY"
+    assert 'Bearer $KEY"' in command  # in quotes in which a shell puts the key
+
+
 def test_the_picture_is_a_red_square_on_white():
     (body,) = bodies(SEEING)
     (part,) = image_parts(parse_messages(body["messages"]))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from gateway import lane
 from gateway.backend import Delta
-from gateway.lane import LaneStream
+from gateway.lane import MAX_BACKLOG, LaneStream
 from pipelines.chat import Event
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
@@ -100,3 +101,38 @@ def test_cancel_is_said_once() -> None:
         stream.cancel()
 
     assert run(scenario) == ["a"]
+
+
+def test_what_a_client_does_not_read_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", [], prompt_tokens=3))
+        await stream.next()
+        for number in range(100_000):
+            stream.push(Event("a", ["word"]))
+            if number == 100:
+                monkeypatch.setattr(lane, "_SLOW_S", 0.0)  # it has waited for long enough
+            if stream._error:
+                break
+        assert 100 < number < MAX_BACKLOG / 60
+        with pytest.raises(StageError, match="not read as fast") as error:
+            await stream.next()
+        assert error.value.code == "timeout"
+        stream.push(Event("a", ["late"]))
+        stream.cancel()
+
+    assert run(scenario) == ["a"]
+
+
+def test_a_burst_is_not_a_slow_client() -> None:
+    """An engine may bring thousands of tokens before anybody had the time to read."""
+
+    async def scenario(stream: LaneStream) -> None:
+        stream.push(Event("a", [], prompt_tokens=3))
+        await stream.next()
+        for _ in range(3000):
+            stream.push(Event("a", ["x" * 50]))
+        stream.push(Event("a", [], "stop", 3, 3000))
+        delta = await stream.next()
+        assert (len(delta.texts), delta.finish_reason) == (3000, "stop")
+
+    assert run(scenario) == []
