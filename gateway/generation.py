@@ -141,7 +141,8 @@ class Generation:
             log_failure(failure, error, report.request_id)
             return failure
 
-        events = Events(self.operation, head, choices, include_usage=request.include_usage)
+        timing = report.timing if request.include_timing else None
+        events = Events(self.operation, head, choices, include_usage=request.include_usage, timing=timing)
         written = Written(Totals(request.n))
         with report.writing(written):
             await write_stream(send, deltas, first, events, written, fail)

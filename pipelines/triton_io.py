@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-from observability import tracing
+from observability import logs, tracing
 from pipelines import contracts
 from pipelines.contracts import Tensor, Values
 from pipelines.errors import StageError
@@ -39,10 +38,10 @@ _PICTURE_THREADS = 64
 
 def open_stage(args: Mapping[str, str], stage: str) -> Pipeline:
     """What `initialize` begins with: the model's pipeline, its weights there, and tracing set up."""
-    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s %(levelname)s {stage}: %(message)s")
+    parameters = json.loads(args["model_config"])["parameters"]
+    logs.configure_stage(stage, parameters["pipeline"]["string_value"])
     _end_with_the_server()
     tracing.configure(f"triptych-{stage}")
-    parameters = json.loads(args["model_config"])["parameters"]
     pipeline = get_pipeline(parameters["pipeline"]["string_value"])
     pull(pipeline)
     return pipeline

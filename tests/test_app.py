@@ -825,12 +825,12 @@ def sample(name, **labels):
 
 
 def test_metrics_of_an_answer(server):
-    before = sample("triptych_output_tokens_total", pipeline=MODEL)
+    before = sample("triptych_tokens_total", pipeline=MODEL, type="output")
     firsts = sample("gen_ai_server_time_to_first_token_seconds_count", pipeline=MODEL)
     server.post(CHAT_PATH, {**HELLO, "stream": True})
     server.post(CHAT_PATH, HELLO)
     # A request is counted once its last byte is written: the client may be here first.
-    wait_for(lambda: sample("triptych_output_tokens_total", pipeline=MODEL) == before + 8)
+    wait_for(lambda: sample("triptych_tokens_total", pipeline=MODEL, type="output") == before + 8)
     assert sample("gen_ai_server_time_to_first_token_seconds_count", pipeline=MODEL) == firsts + 2
     wait_for(lambda: sample("triptych_requests_in_flight", pipeline=MODEL) == 0)
     response = server.get("/metrics")

@@ -18,11 +18,12 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _root():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    loggers = [logging.getLogger(name) for name in ("", "gateway", "observability", "pipelines")]
+    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    loggers[0].handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def test_a_json_line_has_the_ids_and_no_other_extra():
@@ -83,4 +84,4 @@ def test_levels_are_kept_and_bad_settings_refused():
     with pytest.raises(ValueError, match="'loud' must be debug"):
         logs.configure("loud")
     with pytest.raises(ValueError, match="'xml' must be auto"):
-        logs.configure("info", "xml")  # type: ignore[arg-type]
+        logs.configure("info", "xml")

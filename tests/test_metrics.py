@@ -23,8 +23,8 @@ def test_requests_are_counted_by_pipeline_operation_and_status():
     metrics.REQUEST_SECONDS.labels("m", "chat", "200").observe(0.03)
     metrics.FIRST_TOKEN_SECONDS.labels("m").observe(60)
     metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels("m").observe(0.002)
-    metrics.PROMPT_TOKENS.labels("m").inc(7)
-    metrics.OUTPUT_TOKENS.labels("m").inc(9)
+    metrics.TOKENS.labels("m", "input").inc(7)
+    metrics.TOKENS.labels("m", "output").inc(9)
     metrics.ABORTED.labels("m", "disconnect").inc()
     metrics.LANE_MESSAGES.labels("m").inc(2)
     metrics.PIPELINE_READY.labels("m").set(1)
@@ -39,7 +39,7 @@ def test_requests_are_counted_by_pipeline_operation_and_status():
         first = "gen_ai_server_time_to_first_token_seconds_bucket"
         assert got[first, _labels(pipeline="m", le="80.0")] == 1
         assert got[first, _labels(pipeline="m", le="40.0")] == 0
-        assert got["triptych_output_tokens_total", _labels(pipeline="m")] == 9
+        assert got["triptych_tokens_total", _labels(pipeline="m", type="output")] == 9
         assert got["triptych_requests_aborted_total", _labels(pipeline="m", reason="disconnect")] == 1
         assert got["triptych_pipeline_ready", _labels(pipeline="m")] == 1
         assert got["triptych_requests_queued", _labels(pipeline="m")] == 4
