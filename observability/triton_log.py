@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 0.2
 MOST_LINES = 200  # told a look
+_LOOKED_AT = 10  # times as many are looked at: most are not worth telling
 _BLOCK = 1 << 20
 _FAR_BEHIND = 8 << 20  # so much more than is read at a time: what lies between is counted and left
 _LONGEST = 1 << 16
@@ -78,23 +79,23 @@ class Follower:
 
     def _look(self, opened: BinaryIO) -> None:
         """Tell what has been added since the last look."""
-        told, dropped = 0, self._catch_up(opened)
+        told, looked_at, dropped = 0, 0, self._catch_up(opened)
         while block := opened.read(_BLOCK):
             *lines, self._rest = (self._rest + block).split(b"\n")
             if len(self._rest) > _LONGEST:
                 lines, self._rest = [*lines, self._rest], b""
-            for line in lines:
+            for number, line in enumerate(lines):
+                if told == self._most_lines or looked_at == _LOOKED_AT * self._most_lines:
+                    dropped += len(lines) - number
+                    break
+                looked_at += 1
                 record = self._record(line[:_LONGEST].decode(errors="replace").rstrip("\r"))
-                if record is None or not logging.getLogger(record.name).isEnabledFor(record.levelno):
-                    continue
-                if told < self._most_lines:
+                if record is not None and logging.getLogger(record.name).isEnabledFor(record.levelno):
                     told += 1
                     logging.getLogger(record.name).handle(record)
-                else:
-                    dropped += 1
         if dropped:
             metrics.LOG_LINES_DROPPED.inc(dropped)
-            log.warning("%d lines of Triton's log came too fast to be told; they are in %s", dropped, self._file)
+            log.warning("%d lines of Triton's log came too fast; they are in %s", dropped, self._file)
 
     def _catch_up(self, opened: BinaryIO) -> int:
         """Leave out what is too much to look at; answers how many lines that was."""

@@ -252,6 +252,21 @@ def test_a_stream_byte_for_byte(server, backend):
     assert [chunk.decode() for chunk in chunks] == expected  # a delta is one write
 
 
+@pytest.mark.parametrize("options", [{"include_timing": True}, {"include_timing": True, "include_usage": False}])
+def test_a_stream_tells_its_stages_if_asked(server, options):
+    """By the names of Server-Timing, in the usage's chunk, which it brings along."""
+    with server.client() as client:
+        *chunks, last = client.chat.completions.create(**HELLO, stream=True, stream_options=options)
+    assert not any(hasattr(chunk, "timing") for chunk in chunks)
+    assert last.usage.total_tokens == 7
+    timing = last.timing
+    assert list(timing) == ["admission", "preprocess", "generate", "total"]
+    assert (timing["preprocess"], timing["generate"]) == (1.5, 20)
+    assert 0 <= timing["admission"] <= timing["total"]
+    names = [part.split(";")[0] for part in server.post(CHAT_PATH, HELLO).headers["server-timing"].split(", ")]
+    assert [name for name in names if name in timing] == list(timing)
+
+
 def test_headers_wait_for_acceptance_but_not_for_text(server, backend):
     backend.steps = [ACCEPTED, FOREVER]
     with server.open(CHAT_PATH, {**HELLO, "stream": True}) as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -85,3 +86,42 @@ def test_levels_are_kept_and_bad_settings_refused():
         logs.configure("loud")
     with pytest.raises(ValueError, match="'xml' must be auto"):
         logs.configure("info", "xml")
+
+
+def test_ids_of_a_request_are_on_all_its_lines():
+    out = io.StringIO()
+    logs.configure("info", "json", out, source="gateway")
+
+    async def request(name):
+        logs.about(request_id=name, trace_id=f"trace of {name}", span_id=None)
+        await asyncio.sleep(0)
+        logging.getLogger("gateway.x").info("from within")
+        logging.getLogger("gateway.x").info("its own", extra={"request_id": "another"})
+
+    async def both():
+        await asyncio.gather(request("one"), request("two"))
+        logging.getLogger("gateway.x").info("outside")
+
+    asyncio.run(both())
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    found = [(line["message"], line.get("request_id"), line.get("trace_id")) for line in lines]
+    assert sorted(found, key=str) == [
+        ("from within", "one", "trace of one"),
+        ("from within", "two", "trace of two"),
+        ("its own", "another", "trace of one"),
+        ("its own", "another", "trace of two"),
+        ("outside", None, None),
+    ]
+    assert all(line["source"] == "gateway" and "span_id" not in line for line in lines)
+
+
+def test_others_are_told_from_warning_on():
+    out = io.StringIO()
+    logs.configure("info", "text", out)
+    logging.getLogger("a.library").info("of its own workings")
+    logging.getLogger("gateway.x").info("ours")
+    assert out.getvalue().endswith("info gateway.x: ours\n")
+    assert "workings" not in out.getvalue()
+    logs.configure("debug", "text", out)
+    logging.getLogger("a.library").info("of its own workings")
+    assert "workings" in out.getvalue()
