@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.processes import free_ports
 from pipelines.pipeline import cache_dir
@@ -103,6 +104,17 @@ class Product:
             return counters
         finally:
             client.close()
+
+    def events(self) -> dict[tuple[str, str], float]:
+        """What the supervisor has counted, by pipeline and event."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        samples = (sample for family in families for sample in family.samples)
+        return {
+            (sample.labels["pipeline"], sample.labels["event"]): sample.value
+            for sample in samples
+            if sample.name == "triptych_supervisor_events_total"
+        }
 
     def get(self, path: str) -> tuple[int, Any]:
         try:

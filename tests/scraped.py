@@ -72,6 +72,7 @@ def samples() -> Iterator[tuple[str, dict[str, str]]]:
         metrics.engine_counters(NAME, dataclasses.asdict(Counters()))
         # What only a real lane, a slow client and a supervisor bring.
         metrics.LANE_LAG_SECONDS.labels(NAME).observe(0.001)
+        metrics.LANE_MESSAGES.labels(NAME).inc(0)
         metrics.BLOCKED_SECONDS.labels(NAME).inc(0)
         metrics.SUPERVISOR_EVENTS.labels(NAME, "stub_died").inc(0)
         text = http.get("/metrics", headers={"accept": OPENMETRICS}).text

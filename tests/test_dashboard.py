@@ -164,3 +164,17 @@ def test_tritons_metrics_are_what_is_asked_for(product: Product) -> None:
         found[name] = set(re.findall(r'(\w+)="', labels))
     for name, wanted in TRITON.items():
         assert found.get(name) == wanted, name
+
+
+def test_every_metric_is_explained() -> None:
+    """In docs/metrics.md; a name there that begins with _ is short for an engine's."""
+    text = (FOLDER.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named_there = {name for cell in first for name in re.findall(r"`(\w+)\*?`", cell)}
+    explained = {f"triptych_engine{name}" if name.startswith("_") else name for name in named_there}
+    told = {re.sub(r"_(bucket|count|sum)$", "", name) for name, _ in samples()}
+    ours = {name for name in told if name.startswith(("triptych_", "gen_ai_"))}
+    assert ours - explained == set()
+    wrong = {name for name in explained if name.startswith(("triptych_", "gen_ai_"))} - ours
+    assert wrong == set()
+    assert {rule["alert"] for rule in RULES} == set(re.findall(r"`(Triptych\w+)`", text))
