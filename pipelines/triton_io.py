@@ -130,21 +130,23 @@ def pool_for_pictures() -> Executor:
 def respond_later(run: Callable[[Incoming, Answer], None], requests: Sequence[Any], stage: str) -> None:
     """`execute` of a default-mode model that answers from another thread: `run` gets the function that answers."""
     for request in requests:
-        reply = DecoupledReply(request.get_response_sender(), stage)
+        reply, asked = DecoupledReply(request.get_response_sender(), stage), None
         try:
-            run(Incoming(request), reply.answer)
+            asked = Incoming(request)
+            run(asked, reply.answer)
         except Exception as error:
-            reply.fail(_stage_error(error, stage))
+            reply.fail(_stage_error(error, stage, asked))
 
 
 def respond_streaming(run: Callable[[Incoming, DecoupledReply], None], requests: Sequence[Any], stage: str) -> None:
     """`execute` of a decoupled model: `run` gets the reply it may use as long as it lives."""
     for request in requests:
-        reply = DecoupledReply(request.get_response_sender(), stage)
+        reply, asked = DecoupledReply(request.get_response_sender(), stage), None
         try:
-            run(Incoming(request), reply)
+            asked = Incoming(request)
+            run(asked, reply)
         except Exception as error:
-            reply.fail(_stage_error(error, stage))
+            reply.fail(_stage_error(error, stage, asked))
 
 
 class DecoupledReply:
@@ -210,15 +212,22 @@ def _response(run: Callable[[Any], Values], request: Any, stage: str) -> Any:
     try:
         return pb.InferenceResponse(_tensors(run(request)))
     except Exception as error:  # an exception must become an answer: nobody else would give one
-        return pb.InferenceResponse([], error=pb.TritonError(_stage_error(error, stage).to_json()))
+        return pb.InferenceResponse([], error=pb.TritonError(_stage_error(error, stage, request).to_json()))
 
 
-def _stage_error(error: Exception, stage: str) -> StageError:
+def _stage_error(error: Exception, stage: str, asked: Incoming | None) -> StageError:
     if isinstance(error, StageError):
         error.stage = error.stage or stage
         return error
-    log.error("request failed", exc_info=error)
+    log.error("request failed", exc_info=error, extra=_ids(asked) if asked else {})
     return StageError(f"stage {stage} failed: {type(error).__name__}", code="internal", stage=stage)
+
+
+def _ids(asked: Incoming) -> dict[str, str]:
+    """What finds the request in the gateway's log, and its trace."""
+    _, trace_id, span_id, *_ = [*(asked.traceparent or "").split("-"), "", "", ""]
+    ids = {"request_id": asked.id, "trace_id": trace_id, "span_id": span_id}
+    return {name: id for name, id in ids.items() if id}
 
 
 def _tensors(values: Values) -> list[Any]:

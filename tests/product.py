@@ -59,6 +59,11 @@ class Product:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def logged(self, source: str) -> list[dict[str, Any]]:
+        """The log's lines that come from the gateway, from Triton, or from a stage."""
+        lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["source"] == source]
+
     def triton_log(self) -> str:
         return (self.cache / "logs" / f"triton-{self.grpc_port}.log").read_text(errors="replace")
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -131,24 +130,8 @@ def test_a_stage_that_is_killed_is_replaced(own_product: Product, stage: str) ->
     assert events.pop(("echo-slow", "repaired")) == 1
     assert events.pop(("echo-slow", "stub_died")) >= 1  # the orchestrator goes with whichever it was
     assert not events
-
-
-def test_the_logs_of_all_processes_are_one(own_product: Product) -> None:
-    """JSON, each line with its source: the gateway, the server, and a stage whose call of another failed."""
-    os.kill(own_product.stub("echo-slow-postprocess"), signal.SIGSTOP)  # what it is asked is not answered
-    httpx.post(f"{own_product.url}/v1/completions", json={**SLOW, "stream": False, "max_tokens": 4}, timeout=60)
-    wait_for(lambda: own_product.get("/health/ready")[0] == 200, 60)
-
-    def lines() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in own_product.log_text().splitlines() if line.startswith("{")]
-
-    wait_for(lambda: {"gateway", "triton", "orchestrator"} <= {line["source"] for line in lines()}, 20)
-    for line in lines():
-        assert line["level"] in ("info", "warning", "error")
-        assert line["message"]
-    (asked,) = [line for line in lines() if line["message"] == "request"]
-    assert asked["request_id"].startswith("req_")
-    assert not any(SLOW["prompt"] in line["message"] for line in lines())
+    if stage == "generate":  # what the ensemble is without it, in the server's words and in our log
+        wait_for(lambda: any("echo-slow-ensemble" in line["message"] for line in own_product.logged("triton")), 10)
 
 
 def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:

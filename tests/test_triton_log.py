@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from observability import metrics, triton_log
 from observability.logs import JsonFormatter, TextFormatter
 from observability.triton_log import Follower
-from tests.product import wait_for
+from tests.product import Product, wait_for
 
 SERVERS = 'E1121 17:28:02.000001 26397 model_repository_manager.cc:703] "Invalid \\"x\\":\\n no"\n'
 
@@ -153,3 +154,22 @@ def test_a_line_without_an_end_does_not_grow(tmp_path: Path, told: list[logging.
     follow(tmp_path / "log", "x" * (3 << 20) + "\n" + SERVERS)
     assert all(len(record.getMessage()) <= 1 << 16 for record in told)
     assert said(told)[-1] == ("triton", "ERROR", 'Invalid "x":\n no')
+
+
+def test_the_logs_of_all_processes_are_one(product: Product) -> None:
+    """JSON, since nobody looks: a stage's line as it loaded, and the gateway's with the ids of its request."""
+    (loaded,) = [line for line in product.logged("generate") if " runs " in line["message"]]
+    assert (loaded["level"], loaded["pipeline"]) == ("info", "smollm2-135m-instruct")
+    assert loaded["logger"] == "pipelines.operations"
+    body = {"model": "echo", "prompt": "not to be told", "max_tokens": 2}
+    headers = {"x-request-id": "logged-1"}
+    assert httpx.post(f"{product.url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+
+    def mine() -> list[dict[str, Any]]:
+        return [line for line in product.logged("gateway") if line.get("request_id") == "logged-1"]
+
+    wait_for(lambda: bool(mine()), 10)
+    (line,) = mine()
+    assert len(line["trace_id"]) == 32
+    assert len(line["span_id"]) == 16
+    assert "not to be told" not in product.log_text()
