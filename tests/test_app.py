@@ -1159,6 +1159,8 @@ def test_settings_come_from_the_environment():
         ("BODY_TIMEOUT_S", "0"),
         ("WRITE_TIMEOUT_S", "0"),
         ("IDLE_TIMEOUT_S", "0"),
+        ("LOG_LEVEL", "loud"),
+        ("LOG_FORMAT", "xml"),
     ],
 )
 def test_a_bad_setting_names_its_key(key, value):
