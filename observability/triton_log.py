@@ -74,13 +74,16 @@ class Follower:
                 except Exception:  # a line must not be the end of all that follow
                     log.exception("a part of Triton's log could not be read")
                 if last:
+                    self._tell(self._rest)
                     return
                 self._stopping.wait(self._every_s)
 
     def _look(self, opened: BinaryIO) -> None:
         """Tell what has been added since the last look."""
         told, looked_at, dropped = 0, 0, self._catch_up(opened)
-        while block := opened.read(_BLOCK):
+        for _ in range(_FAR_BEHIND // _BLOCK + 1):
+            if not (block := opened.read(_BLOCK)):
+                break
             *lines, self._rest = (self._rest + block).split(b"\n")
             if len(self._rest) > _LONGEST:
                 lines, self._rest = [*lines, self._rest], b""
@@ -89,10 +92,7 @@ class Follower:
                     dropped += len(lines) - number
                     break
                 looked_at += 1
-                record = self._record(line[:_LONGEST].decode(errors="replace").rstrip("\r"))
-                if record is not None and logging.getLogger(record.name).isEnabledFor(record.levelno):
-                    told += 1
-                    logging.getLogger(record.name).handle(record)
+                told += self._tell(line)
         if dropped:
             metrics.LOG_LINES_DROPPED.inc(dropped)
             log.warning("%d lines of Triton's log came too fast; they are in %s", dropped, self._file)
@@ -109,6 +109,13 @@ class Follower:
             self._rest = b""
             lines += opened.readline().endswith(b"\n")
         return lines
+
+    def _tell(self, line: bytes) -> bool:
+        record = self._record(line[:_LONGEST].decode(errors="replace").rstrip("\r"))
+        if record is None or not logging.getLogger(record.name).isEnabledFor(record.levelno):
+            return False
+        logging.getLogger(record.name).handle(record)
+        return True
 
     def _record(self, line: str) -> logging.LogRecord | None:
         """As the line says of itself; None for what is no message."""
