@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 def _answers(prometheus: str, panel: Mapping[str, Any], span: tuple[float, float], rate: str) -> list[Series]:
     found: list[Series] = []
     for target in panel.get("targets", ()):
-        query = target["expr"].replace("$pipeline", ".+").replace("$__rate_interval", rate)
+        query = target["expr"].replace("$pipeline", ".*").replace("$__rate_interval", rate)
         asked = urllib.parse.urlencode({"query": query, "start": span[0], "end": span[1], "step": _STEP_S})
         with urllib.request.urlopen(f"{prometheus}/api/v1/query_range?{asked}", timeout=30) as response:
             for series in json.load(response)["data"]["result"]:
@@ -103,7 +103,7 @@ def _panel(panel: Mapping[str, Any], series: Sequence[Series], span: tuple[float
         value = shown[0][1][-1][1]
         colour = _threshold(panel["fieldConfig"]["defaults"]["thresholds"]["steps"], value)
         text = _value(value, unit)
-        drawn.append(_text(x + width / 2, y + height - 22, text, size=28, fill=colour, anchor="middle", bold=True))
+        drawn.append(_text(x + width / 2, y + height - 22, text, size=24, fill=colour, anchor="middle", bold=True))
     else:
         stacked = panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
         drawn.append(_graph((x + 52, y + 26, width - 62, height - 62), shown, span, unit, stacked=stacked))
@@ -193,11 +193,11 @@ def _threshold(steps: Sequence[Mapping[str, Any]], value: float) -> str:
 
 
 def _nice(top: float) -> float:
-    """The next of 1, 2, 5, 10 … above."""
+    """The next round number above."""
     if top <= 0:
         return 1.0
     power = 10 ** math.floor(math.log10(top))
-    return float(next(step * power for step in (1, 2, 5, 10) if step * power >= top * 0.999))
+    return float(next(step * power for step in (1, 1.5, 2, 3, 5, 7.5, 10) if step * power >= top * 0.999))
 
 
 def _value(value: float, unit: str) -> str:

@@ -134,6 +134,7 @@ class Generation:
         send: Send,
     ) -> None:
         first = await deltas.accepted()  # a request that the pipeline refuses fails here, before the headers
+        report.taken(first)
         report.accepted(first[0][1])
 
         def fail(error: Exception) -> Failure:
@@ -153,6 +154,7 @@ class Generation:
         totals = Totals(request.n)
         first_text_at = 0.0
         arrivals = await deltas.accepted()
+        report.taken(arrivals)
         while True:
             for index, delta in arrivals:
                 if delta.texts:

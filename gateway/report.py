@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import Scope
 
 from gateway.backend import Delta
-from gateway.choices import Totals
+from gateway.choices import Arrival, Totals
 from gateway.connection import header
 from gateway.errors import ClientGone, Failure, failure_of
 from gateway.protocol import GenerationRequest, Operation
@@ -114,6 +114,14 @@ class Report:
                 yield self._chat
         finally:
             in_flight.dec()
+
+    def taken(self, arrivals: Sequence[Arrival]) -> None:
+        """The first deltas of all choices, which say what pictures were read for each."""
+        for _, delta in arrivals:
+            if delta.pictures:
+                metrics.IMAGES.labels(self._pipeline).inc(len(delta.pictures))
+                size = sum(3 * width * height for width, height in delta.pictures)
+                metrics.IMAGE_BYTES.labels(self._pipeline).inc(size)
 
     def accepted(self, first: Delta) -> None:
         """The pipeline took the request: a stream's headers go out, and say what is known by then."""

@@ -119,6 +119,12 @@ CONNECTIONS_ENDED = Counter(
     ["reason"],
     registry=REGISTRY,
 )
+IMAGES = Counter(
+    "triptych_images", "Pictures read, once for each choice that they were read for.", ["pipeline"], registry=REGISTRY
+)
+IMAGE_BYTES = Counter(
+    "triptych_image_bytes", "What they were decoded to: three bytes a pixel.", ["pipeline"], registry=REGISTRY
+)
 BLOCKED_SECONDS = Counter(
     "triptych_sse_blocked_seconds", "Time that streams waited for slow clients.", ["pipeline"], registry=REGISTRY
 )

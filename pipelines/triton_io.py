@@ -110,7 +110,7 @@ def respond_aside(
         try:
             answer(run(asked))
         except Exception as error:
-            answer(_stage_error(error, stage))
+            answer(_stage_error(error, stage, asked))
 
     def start(asked: Incoming, answer: Answer) -> None:
         if asked.brings_images():

@@ -19,7 +19,7 @@ from pipelines.pipeline import Pipeline
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 NAME = "scraped"
 STAGES = {"preprocess": 1.5, "queue": 0.5, "prefill": 30.0, "decode": 2000.0, "postprocess": 1.0}
-ACCEPTED = Delta([], prompt_tokens=3)
+ACCEPTED = Delta([], prompt_tokens=3, pictures=[(40, 20)])
 ANSWER = [ACCEPTED, Delta(["a"]), Delta(["b"], "stop", 3, 4, STAGES, cached_tokens=2)]
 
 

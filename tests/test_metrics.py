@@ -113,6 +113,8 @@ def test_an_answer_is_measured_by_stage_and_token():
         "cached": 4,
     }
     assert more("triptych_cache_hits_total") == 2
+    assert more("triptych_images_total") == 2
+    assert more("triptych_image_bytes_total") == 2 * 3 * 40 * 20
     assert more("triptych_queue_wait_seconds_count") == 2
 
 

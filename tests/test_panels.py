@@ -77,6 +77,6 @@ def test_values_are_short(value: float, unit: str, text: str) -> None:
     assert panels._value(value, unit) == text
 
 
-@pytest.mark.parametrize(("top", "nice"), [(0, 1), (0.03, 0.05), (1, 1), (1.1, 2), (51, 100), (-1, 1)])
+@pytest.mark.parametrize(("top", "nice"), [(0, 1), (0.04, 0.05), (1, 1), (1.1, 1.5), (51, 75), (-1, 1)])
 def test_an_axis_ends_at_a_round_number(top: float, nice: float) -> None:
     assert panels._nice(top) == pytest.approx(nice)
