@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -73,7 +74,7 @@ def _answers(prometheus: str, panel: Mapping[str, Any], span: tuple[float, float
 def _legend(text: str, labels: Mapping[str, str]) -> str:
     for name, value in labels.items():
         text = text.replace("{{" + name + "}}", value)
-    return text
+    return re.sub(r"{{\w+}}", "", text).strip()  # a label that is empty is none
 
 
 def _picture(panels: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
