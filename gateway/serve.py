@@ -53,8 +53,8 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     for pipeline in pipelines:
         _pull(pipeline)
     triton = _triton(settings, pipelines)
-    # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     log_lines = Follower(triton.log_file)
+    # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         log_lines.start()

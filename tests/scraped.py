@@ -74,6 +74,7 @@ def samples() -> Iterator[tuple[str, dict[str, str]]]:
         metrics.LANE_LAG_SECONDS.labels(NAME).observe(0.001)
         metrics.LANE_MESSAGES.labels(NAME).inc(0)
         metrics.BLOCKED_SECONDS.labels(NAME).inc(0)
+        metrics.CONNECTIONS_ENDED.labels("idle").inc(0)
         metrics.SUPERVISOR_EVENTS.labels(NAME, "stub_died").inc(0)
         text = http.get("/metrics", headers={"accept": OPENMETRICS}).text
         metrics.forget_engine(NAME)
