@@ -71,9 +71,12 @@ class Access:
         return limiter
 
 
+_METRICS = ("/metrics", "/metrics/triton")
+
+
 def _guarded(scope: Scope) -> bool:
     path: str = scope["path"]
-    return path.startswith("/v1/") or (path == "/metrics" and not from_loopback(scope))
+    return path.startswith("/v1/") or (path in _METRICS and not from_loopback(scope))
 
 
 def bearer(scope: Scope) -> str:

@@ -26,6 +26,7 @@ from gateway.keys import Keys
 from gateway.middleware import RequestContext
 from gateway.protocol import CHAT, COMPLETION
 from gateway.room import Room
+from gateway.scrape import triton_metrics
 from gateway.settings import Settings
 from gateway.state import AppState, state_of
 from observability import metrics
@@ -140,4 +141,5 @@ ROUTES = [
     Route("/health/live", live),
     Route("/health/ready", ready),
     Route("/metrics", show_metrics),
+    Route("/metrics/triton", triton_metrics),
 ]

@@ -134,6 +134,7 @@ class Generation:
         send: Send,
     ) -> None:
         first = await deltas.accepted()  # a request that the pipeline refuses fails here, before the headers
+        report.taken(first)
         report.accepted(first[0][1])
 
         def fail(error: Exception) -> Failure:
@@ -141,7 +142,8 @@ class Generation:
             log_failure(failure, error, report.request_id)
             return failure
 
-        events = Events(self.operation, head, choices, include_usage=request.include_usage)
+        timing = report.timing if request.include_timing else None
+        events = Events(self.operation, head, choices, include_usage=request.include_usage, timing=timing)
         written = Written(Totals(request.n))
         with report.writing(written):
             await write_stream(send, deltas, first, events, written, fail)
@@ -152,6 +154,7 @@ class Generation:
         totals = Totals(request.n)
         first_text_at = 0.0
         arrivals = await deltas.accepted()
+        report.taken(arrivals)
         while True:
             for index, delta in arrivals:
                 if delta.texts:

@@ -154,6 +154,8 @@ class Lane:
         self._closing = False
         self._suspended = False
         self._connection: asyncio.Task[str] | None = None
+        self._received = metrics.LANE_MESSAGES.labels(pipeline.name)
+        self._lag = metrics.LANE_LAG_SECONDS.labels(pipeline.name)
 
     @property
     def ready(self) -> bool:
@@ -251,12 +253,13 @@ class Lane:
             return
         self._heard = time.monotonic()
         for packed in response.infer_response.raw_output_contents:
-            events, counters = wire.unpack_events(packed[4:])  # a BYTES element begins with its length
+            events, counters, made_ns = wire.unpack_events(packed[4:])  # a BYTES element begins with its length
+            self._lag.observe(max(0.0, (time.time_ns() - made_ns) / 1e9))
             for event in events:
                 self._share(event)
             if counters:
                 metrics.engine_counters(self.pipeline.name, counters)
-        metrics.LANE_MESSAGES.labels(self.pipeline.name).inc()
+        self._received.inc()
         self._messages += 1
         if self._messages >= ROTATE_AFTER:
             self._messages = 0

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.connection import header
 from gateway.errors import ClientGone, error_response
+from observability import logs
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -30,6 +31,7 @@ class RequestContext:
         began = time.perf_counter()
         given = header(scope, b"x-request-id")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{os.urandom(16).hex()}"
+        logs.about(request_id=request_id)
         timings: dict[str, float] = {}
         state = scope["state"]
         state["request_id"] = request_id

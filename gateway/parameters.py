@@ -124,10 +124,11 @@ def boolean(fields: Mapping[str, Any], name: str, within: str = "") -> bool:
     return value
 
 
-def include_usage(given: Mapping[str, Any], stream: bool) -> bool:
+def stream_options(given: Mapping[str, Any], stream: bool) -> tuple[bool, bool]:
+    """Whether the usage is wanted, and whether the timing: that is in the usage's chunk, so it brings it along."""
     options = given.get("stream_options")
     if options is None:
-        return False
+        return False, False
     if not stream:
         # OpenAI: "Only set this when you set `stream: true`."
         raise StageError("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
@@ -136,9 +137,10 @@ def include_usage(given: Mapping[str, Any], stream: bool) -> bool:
     options = {name: value for name, value in options.items() if value is not None}
     for name, value in options.items():
         # No chunk here has an `obfuscation`: false asks for what is so.
-        if name != "include_usage" and (name, value) != ("include_obfuscation", False):
+        if name not in ("include_usage", "include_timing") and (name, value) != ("include_obfuscation", False):
             raise unsupported(f"stream_options.{name}")
-    return boolean(options, "include_usage", within="stream_options.")
+    timing = boolean(options, "include_timing", within="stream_options.")
+    return boolean(options, "include_usage", within="stream_options.") or timing, timing
 
 
 def user(given: Mapping[str, Any]) -> str | None:

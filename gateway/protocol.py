@@ -64,6 +64,7 @@ class GenerationRequest:
     priority: int = 0
     stream: bool = False
     include_usage: bool = False
+    include_timing: bool = False
     user: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -168,6 +169,7 @@ def parse_request(operation: Operation, body: bytes, max_choices: int = MAX_CHOI
             raise parameters.unsupported(name)
     parameters.refuse_all_but_harmless(given)
     stream = parameters.boolean(given, "stream")
+    include_usage, include_timing = parameters.stream_options(given, stream)
     prompts, messages = operation.prompts(given)
     tools = parse_tools(given) if operation.takes_tools else None
     if tools and tools.callable:
@@ -182,7 +184,8 @@ def parse_request(operation: Operation, body: bytes, max_choices: int = MAX_CHOI
         n=parameters.choices(given, len(prompts), max_choices),
         priority=parameters.priority(given),
         stream=stream,
-        include_usage=parameters.include_usage(given, stream),
+        include_usage=include_usage,
+        include_timing=include_timing,
         user=parameters.user(given),
         metadata=parameters.metadata(given),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 from starlette.types import Scope
 
 from gateway.backend import Delta
-from gateway.choices import Totals
+from gateway.choices import Arrival, Totals
 from gateway.connection import header
 from gateway.errors import ClientGone, Failure, failure_of
 from gateway.protocol import GenerationRequest, Operation
 from gateway.sse import Written
 from gateway.state import state_of
-from observability import metrics, tracing
+from observability import logs, metrics, tracing
 from observability.tracing import NO_SPAN, Span
 from pipelines.errors import StageError
 
@@ -52,6 +52,8 @@ class Report:
         )
 
     def __enter__(self) -> Report:
+        if self._server is not NO_SPAN:
+            logs.about(request_id=self.request_id, trace_id=self._server.trace_id, span_id=self._server.span_id)
         return self
 
     def __exit__(
@@ -93,6 +95,7 @@ class Report:
             finally:
                 queued.dec()
                 self._timings["admission"] = waited = (time.perf_counter() - began) * 1000
+                metrics.QUEUE_SECONDS.labels(self._pipeline).observe(waited / 1000, metrics.exemplar(self._server))
                 span.set({"triptych.queue.wait_ms": waited})
 
     @contextmanager
@@ -112,9 +115,23 @@ class Report:
         finally:
             in_flight.dec()
 
+    def taken(self, arrivals: Sequence[Arrival]) -> None:
+        """The first deltas of all choices, which say what pictures were read for each."""
+        for _, delta in arrivals:
+            if delta.pictures:
+                metrics.IMAGES.labels(self._pipeline).inc(len(delta.pictures))
+                size = sum(3 * width * height for width, height in delta.pictures)
+                metrics.IMAGE_BYTES.labels(self._pipeline).inc(size)
+
     def accepted(self, first: Delta) -> None:
         """The pipeline took the request: a stream's headers go out, and say what is known by then."""
         self._timings.update(first.stages or {"accepted": (time.perf_counter() - self._submitted) * 1000})
+
+    def timing(self, totals: Totals) -> dict[str, float]:
+        """What Server-Timing would say if it came after a stream: milliseconds by name."""
+        waited = {"admission": self._timings["admission"]}
+        took = {"total": (time.perf_counter() - self._began) * 1000}
+        return {name: round(ms, 3) for name, ms in {**waited, **totals.stages, **took}.items()}
 
     @contextmanager
     def writing(self, written: Written) -> Iterator[None]:
@@ -134,6 +151,8 @@ class Report:
                         "triptych.sse.blocked_ms": written.blocked_s * 1000,
                     }
                 )
+                if written.blocked_s:
+                    metrics.BLOCKED_SECONDS.labels(self._pipeline).inc(written.blocked_s)
                 if written.failure:
                     self._failure = written.failure
                     _mark(self._chat, written.failure)
@@ -160,19 +179,23 @@ class Report:
         """The metrics and the log line, once, at the end."""
         ended = time.perf_counter()
         pipeline, operation, totals = self._pipeline, self._operation.name, self._totals
-        metrics.REQUEST_SECONDS.labels(pipeline, operation, str(status)).observe(ended - self._began)
+        exemplar = metrics.exemplar(self._server)
+        metrics.REQUEST_SECONDS.labels(pipeline, operation, str(status)).observe(ended - self._began, exemplar)
         if pipeline and reason:
             metrics.ABORTED.labels(pipeline, reason).inc()
         if self._first_text_at:
-            metrics.FIRST_TOKEN_SECONDS.labels(pipeline).observe(self._first_text_at - self._began)
+            metrics.FIRST_TOKEN_SECONDS.labels(pipeline).observe(self._first_text_at - self._began, exemplar)
         if totals:
-            metrics.PROMPT_TOKENS.labels(pipeline).inc(totals.prompt_tokens)
-            metrics.CACHED_PROMPT_TOKENS.labels(pipeline).inc(totals.cached_tokens)
-            metrics.OUTPUT_TOKENS.labels(pipeline).inc(totals.completion_tokens)
+            metrics.TOKENS.labels(pipeline, "input").inc(totals.prompt_tokens)
+            metrics.TOKENS.labels(pipeline, "cached").inc(totals.cached_tokens)
+            metrics.TOKENS.labels(pipeline, "output").inc(totals.completion_tokens)
+            metrics.CACHE_HITS.labels(pipeline).inc(totals.cached_tokens > 0)
             each = totals.completion_tokens / len(totals.last)  # its choices come at once
             if each > 1 and self._first_text_at:
                 seconds = (ended - self._first_text_at) / (each - 1)
-                metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(pipeline).observe(seconds)
+                metrics.TIME_PER_OUTPUT_TOKEN_SECONDS.labels(pipeline).observe(seconds, exemplar)
+            for stage, ms in totals.stages.items():
+                metrics.STAGE_SECONDS.labels(pipeline, stage).observe(ms / 1000, exemplar)
         if log.isEnabledFor(logging.INFO):
             log.info(
                 "request",

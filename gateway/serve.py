@@ -27,6 +27,7 @@ from gateway.settings import Settings
 from gateway.supervisor import Supervisor
 from gateway.triton import Triton, TritonError, port_is_free
 from observability import logs, tracing
+from observability.triton_log import Follower
 from pipelines.contracts import MODELS, model_name
 from pipelines.pipeline import Pipeline, cache_dir
 from pipelines.repository import prepare
@@ -40,8 +41,7 @@ DRAIN_S = 20
 
 def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     """Until SIGINT or SIGTERM; answers the exit code."""
-    logs.configure()
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it tells at the start, `_greeting` does
+    logs.configure(settings.log_level, settings.log_format, source="gateway")
     tracing.configure("triptych-gateway")
     keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
     forget_secrets(os.environ)
@@ -53,9 +53,11 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     for pipeline in pipelines:
         _pull(pipeline)
     triton = _triton(settings, pipelines)
+    log_lines = Follower(triton.log_file)
     # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        log_lines.start()
         triton.start()
         print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
         triton.wait_ready(LOAD_S, lambda model: print(f"  {model} is ready", file=sys.stderr))
@@ -64,6 +66,7 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave a server behind
         triton.stop()
+        log_lines.stop()
         tracing.shutdown()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from gateway.ratelimit import MAX_LIMIT
+from observability.logs import FORMATS, LEVELS
 from pipelines.terms import MAX_TIMEOUT_MS
 
 PREFIX = "TRIPTYCH_"
@@ -48,6 +49,8 @@ class Settings:
     body_timeout_s: int = 120  # for its body
     write_timeout_s: int = 30  # for a client to go on reading
     idle_timeout_s: int = 75  # for a kept connection's next request; longer than the official client keeps one
+    log_level: str = "info"
+    log_format: str = "auto"  # text on a terminal, else JSON
 
     def __post_init__(self) -> None:
         self._check("host", bool(self.host), "an address to listen on")
@@ -62,6 +65,8 @@ class Settings:
         self._check("max_choices", self.max_choices >= 1, "1 or more")
         self._check("max_timeout_ms", 1 <= self.max_timeout_ms <= MAX_TIMEOUT_MS, f"1 to {MAX_TIMEOUT_MS}")
         self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
+        self._check("log_level", self.log_level in LEVELS, ", ".join(LEVELS))
+        self._check("log_format", self.log_format in FORMATS, ", ".join(FORMATS))
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
         for key in ("key_requests_per_minute", "key_concurrency"):
             self._check(key, 0 <= getattr(self, key) <= MAX_LIMIT, f"0 (no limit) to {MAX_LIMIT}")

@@ -51,11 +51,20 @@ def quote(value: Any) -> bytes:
 class Events:
     """The events of one stream. What the chunks of text of a choice have in common is made once."""
 
-    def __init__(self, operation: Operation, head: Head, choices: Sequence[Choice], *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        head: Head,
+        choices: Sequence[Choice],
+        *,
+        include_usage: bool,
+        timing: Callable[[Totals], Held] | None = None,
+    ) -> None:
         self._operation = operation
         self._head = head
         self._choices = choices
         self._include_usage = include_usage
+        self._timing = timing
         self._around = [self._chunk(choice.index, operation.piece(_MARK)).split(_MARKED) for choice in choices]
 
     def opening(self) -> bytes:
@@ -76,11 +85,14 @@ class Events:
         return data
 
     def closing(self, totals: Totals) -> bytes:
-        """The usage, if it was asked for, and [DONE]."""
+        """The usage, if it was asked for, with what each stage took, if that was; and [DONE]."""
         if not self._include_usage:
             return DONE
         used = objects.usage(totals.prompt_tokens, totals.completion_tokens, totals.cached_tokens)
-        return event(objects.usage_chunk(self._head, used)) + DONE
+        chunk = objects.usage_chunk(self._head, used)
+        if self._timing:
+            chunk["timing"] = self._timing(totals)
+        return event(chunk) + DONE
 
     @staticmethod
     def error(failure: Failure) -> bytes:

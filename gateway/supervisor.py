@@ -20,6 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.lane import RECONNECT, Lanes
 from gateway.triton import Stub, Triton, TritonError
+from observability import metrics
 from pipelines.contracts import ENSEMBLE, MODELS, model_name
 from pipelines.errors import StageError
 from pipelines.pipeline import Pipeline
@@ -53,6 +54,7 @@ class Supervisor:
         """A stub that Triton finds unhealthy answers no more: it is ended, and then replaced like a dead one."""
         for stub in self._stubs_of(pipeline, stage):
             log.error("stage %s of %s does not answer", stage, pipeline, extra={"pipeline": pipeline, "stage": stage})
+            metrics.SUPERVISOR_EVENTS.labels(pipeline, "stub_unhealthy").inc()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(stub.pid, signal.SIGKILL)
 
@@ -74,6 +76,7 @@ class Supervisor:
     async def _restart(self) -> None:
         """Triton has died, and every pipeline with it."""
         log.error("tritonserver died; its log: %s", self._triton.log_file)
+        metrics.SUPERVISOR_EVENTS.labels("", "triton_died").inc()
         for pipeline in self._pipelines:
             self._lanes.suspend(pipeline, StageError("Triton died; it is being restarted.", code="unavailable"))
         self._forget_all()
@@ -89,6 +92,7 @@ class Supervisor:
                 await asyncio.to_thread(self._triton.stop)
         for pipeline in self._pipelines:
             self._lanes.resume(pipeline)
+        metrics.SUPERVISOR_EVENTS.labels("", "triton_restarted").inc()
         log.info("Triton is back")
 
     def _watch(self) -> None:
@@ -122,6 +126,7 @@ class Supervisor:
         log.error(
             "stage %s of %s died (pid %d)", stage, pipeline, stub.pid, extra={"pipeline": pipeline, "stage": stage}
         )
+        metrics.SUPERVISOR_EVENTS.labels(pipeline, "stub_died").inc()
         error = StageError(
             f"The {stage} stage of '{pipeline}' died; it is being replaced.", code="unavailable", stage=stage
         )
@@ -141,6 +146,7 @@ class Supervisor:
                 delay = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
                 details = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 log.error("%s could not be repaired, again in %d s: %s", pipeline, delay, details)
+                metrics.SUPERVISOR_EVENTS.labels(pipeline, "repair_failed").inc()
                 await asyncio.sleep(delay)
                 continue
             self._watch()
@@ -149,6 +155,7 @@ class Supervisor:
                 break
         del self._repairs[pipeline]
         self._lanes.resume(pipeline)
+        metrics.SUPERVISOR_EVENTS.labels(pipeline, "repaired").inc()
         log.info("%s is whole again", pipeline)
 
     async def _reload(self, pipeline: str, models: list[str]) -> None:

@@ -1,6 +1,7 @@
 """What Prometheus scrapes: the gateway's measurements, in one registry. Knows nothing of who takes them.
 
-Names and buckets follow OpenTelemetry's GenAI conventions where those have one. Every label has few values.
+Names and buckets follow OpenTelemetry's GenAI conventions where those have one. Every label has few values: a
+pipeline's name is one of the catalog's, or empty. docs/metrics.md says what each is for.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from observability import tracing
+from observability.tracing import Span
 
 # The conventions' buckets. A CPU's first token may take longer than theirs, an echo's or a GPU's token less.
 _DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -45,8 +48,12 @@ _FIRST_TOKEN = (
     40,
     80,
 )
+_WAIT = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_STAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
+_LAG = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, that nobody asks for
 REGISTRY = CollectorRegistry(auto_describe=True)
 
 REQUEST_SECONDS = Histogram(
@@ -70,13 +77,32 @@ TIME_PER_OUTPUT_TOKEN_SECONDS = Histogram(
     buckets=_PER_TOKEN,
     registry=REGISTRY,
 )
-PROMPT_TOKENS = Counter(
-    "triptych_prompt_tokens", "Tokens of the prompts of finished requests.", ["pipeline"], registry=REGISTRY
+STAGE_SECONDS = Histogram(
+    "triptych_stage_duration_seconds",
+    "What each stage took of a finished request; of several choices, the longest.",
+    ["pipeline", "stage"],
+    buckets=_STAGE,
+    registry=REGISTRY,
 )
-CACHED_PROMPT_TOKENS = Counter(
-    "triptych_cached_prompt_tokens", "Those of them that were not computed again.", ["pipeline"], registry=REGISTRY
+QUEUE_SECONDS = Histogram(
+    "triptych_queue_wait_seconds",
+    "How long requests waited to be admitted; in the engine's own queue: the stage `queue`.",
+    ["pipeline"],
+    buckets=_WAIT,
+    registry=REGISTRY,
 )
-OUTPUT_TOKENS = Counter("triptych_output_tokens", "Tokens sent to clients.", ["pipeline"], registry=REGISTRY)
+TOKENS = Counter(
+    "triptych_tokens",
+    "Tokens of finished requests: input, output, and what of the input was cached, not computed again.",
+    ["pipeline", "type"],
+    registry=REGISTRY,
+)
+CACHE_HITS = Counter(
+    "triptych_cache_hits",
+    "Finished requests whose prompt began with what was cached.",
+    ["pipeline"],
+    registry=REGISTRY,
+)
 IN_FLIGHT = Gauge(
     "triptych_requests_in_flight", "Requests admitted and not yet answered.", ["pipeline"], registry=REGISTRY
 )
@@ -93,6 +119,33 @@ CONNECTIONS_ENDED = Counter(
     ["reason"],
     registry=REGISTRY,
 )
+IMAGES = Counter(
+    "triptych_images", "Pictures read, once for each choice that they were read for.", ["pipeline"], registry=REGISTRY
+)
+IMAGE_BYTES = Counter(
+    "triptych_image_bytes", "What they were decoded to: three bytes a pixel.", ["pipeline"], registry=REGISTRY
+)
+BLOCKED_SECONDS = Counter(
+    "triptych_sse_blocked_seconds", "Time that streams waited for slow clients.", ["pipeline"], registry=REGISTRY
+)
+LANE_LAG_SECONDS = Histogram(
+    "triptych_lane_lag_seconds",
+    "From the orchestrator's sending of a lane message to its reading here.",
+    ["pipeline"],
+    buckets=_LAG,
+    registry=REGISTRY,
+)
+SUPERVISOR_EVENTS = Counter(
+    "triptych_supervisor_events",
+    "What the supervisor saw and did: stub_died, stub_unhealthy, repaired, repair_failed, triton_died, …_restarted.",
+    ["pipeline", "event"],
+    registry=REGISTRY,
+)
+LOG_LINES_DROPPED = Counter(
+    "triptych_log_lines_dropped",
+    "Lines of Triton's log that were not told here, since they came too fast; its file has them.",
+    registry=REGISTRY,
+)
 LANE_MESSAGES = Counter("triptych_lane_messages", "Messages received on lanes.", ["pipeline"], registry=REGISTRY)
 PIPELINE_READY = Gauge(
     "triptych_pipeline_ready", "1 when the pipeline can answer, else 0.", ["pipeline"], registry=REGISTRY
@@ -104,10 +157,14 @@ _ENGINE_GAUGES = {
 }
 _ENGINE_COUNTERS = {
     "steps": "Forward passes.",
-    "prompt_tokens": "Prompt tokens computed.",
+    "step_ns": "Time in them.",
+    "step_rows": "Sequences in them: over the steps, the mean batch size.",
+    "prompt_tokens": "Tokens of the prompts that were admitted.",
+    "cached_tokens": "Those of them that were not computed again.",
     "output_tokens": "Tokens generated.",
     "finished": "Sequences that finished.",
     "cancelled": "Sequences that were cancelled.",
+    "preempted": "Running sequences that had to wait again for room.",
 }
 
 
@@ -133,11 +190,13 @@ class _Engine(Collector):
         for name, text in _ENGINE_GAUGES.items():
             families.append((name, GaugeMetricFamily(f"triptych_engine_{name}", text, labels=["pipeline"])))
         for name, text in _ENGINE_COUNTERS.items():
-            families.append((name, CounterMetricFamily(f"triptych_engine_{name}", text, labels=["pipeline"])))
+            shown = name.replace("_ns", "_seconds")
+            families.append((name, CounterMetricFamily(f"triptych_engine_{shown}", text, labels=["pipeline"])))
         for name, family in families:
+            scale = 1e-9 if name.endswith("_ns") else 1
             for pipeline, counters in latest.items():
                 if name in counters:
-                    family.add_metric([pipeline], counters[name])  # type: ignore[attr-defined]
+                    family.add_metric([pipeline], counters[name] * scale)  # type: ignore[attr-defined]
             yield family
 
 
@@ -156,6 +215,14 @@ REGISTRY.register(_ENGINE)
 REGISTRY.register(_Spans())
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
+
+
+def exemplar(span: Span) -> dict[str, str] | None:
+    """What leads from a measurement to its trace, if the request is sampled: else nobody could look at it."""
+    traceparent = span.traceparent
+    if not traceparent or not int(traceparent[-2:], 16) & 1:
+        return None
+    return {"trace_id": str(span.trace_id)}
 
 
 def engine_counters(pipeline: str, counters: Mapping[str, float]) -> None:

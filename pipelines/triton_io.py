@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-from observability import tracing
+from observability import logs, tracing
 from pipelines import contracts
 from pipelines.contracts import Tensor, Values
 from pipelines.errors import StageError
@@ -39,10 +38,10 @@ _PICTURE_THREADS = 64
 
 def open_stage(args: Mapping[str, str], stage: str) -> Pipeline:
     """What `initialize` begins with: the model's pipeline, its weights there, and tracing set up."""
-    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s %(levelname)s {stage}: %(message)s")
+    parameters = json.loads(args["model_config"])["parameters"]
+    logs.configure_stage(stage, parameters["pipeline"]["string_value"])
     _end_with_the_server()
     tracing.configure(f"triptych-{stage}")
-    parameters = json.loads(args["model_config"])["parameters"]
     pipeline = get_pipeline(parameters["pipeline"]["string_value"])
     pull(pipeline)
     return pipeline
@@ -111,7 +110,7 @@ def respond_aside(
         try:
             answer(run(asked))
         except Exception as error:
-            answer(_stage_error(error, stage))
+            answer(_stage_error(error, stage, asked))
 
     def start(asked: Incoming, answer: Answer) -> None:
         if asked.brings_images():
@@ -131,21 +130,23 @@ def pool_for_pictures() -> Executor:
 def respond_later(run: Callable[[Incoming, Answer], None], requests: Sequence[Any], stage: str) -> None:
     """`execute` of a default-mode model that answers from another thread: `run` gets the function that answers."""
     for request in requests:
-        reply = DecoupledReply(request.get_response_sender(), stage)
+        reply, asked = DecoupledReply(request.get_response_sender(), stage), None
         try:
-            run(Incoming(request), reply.answer)
+            asked = Incoming(request)
+            run(asked, reply.answer)
         except Exception as error:
-            reply.fail(_stage_error(error, stage))
+            reply.fail(_stage_error(error, stage, asked))
 
 
 def respond_streaming(run: Callable[[Incoming, DecoupledReply], None], requests: Sequence[Any], stage: str) -> None:
     """`execute` of a decoupled model: `run` gets the reply it may use as long as it lives."""
     for request in requests:
-        reply = DecoupledReply(request.get_response_sender(), stage)
+        reply, asked = DecoupledReply(request.get_response_sender(), stage), None
         try:
-            run(Incoming(request), reply)
+            asked = Incoming(request)
+            run(asked, reply)
         except Exception as error:
-            reply.fail(_stage_error(error, stage))
+            reply.fail(_stage_error(error, stage, asked))
 
 
 class DecoupledReply:
@@ -211,15 +212,22 @@ def _response(run: Callable[[Any], Values], request: Any, stage: str) -> Any:
     try:
         return pb.InferenceResponse(_tensors(run(request)))
     except Exception as error:  # an exception must become an answer: nobody else would give one
-        return pb.InferenceResponse([], error=pb.TritonError(_stage_error(error, stage).to_json()))
+        return pb.InferenceResponse([], error=pb.TritonError(_stage_error(error, stage, request).to_json()))
 
 
-def _stage_error(error: Exception, stage: str) -> StageError:
+def _stage_error(error: Exception, stage: str, asked: Incoming | None) -> StageError:
     if isinstance(error, StageError):
         error.stage = error.stage or stage
         return error
-    log.error("request failed", exc_info=error)
+    log.error("request failed", exc_info=error, extra=_ids(asked) if asked else {})
     return StageError(f"stage {stage} failed: {type(error).__name__}", code="internal", stage=stage)
+
+
+def _ids(asked: Incoming) -> dict[str, str]:
+    """What finds the request in the gateway's log, and its trace."""
+    _, trace_id, span_id, *_ = [*(asked.traceparent or "").split("-"), "", "", ""]
+    ids = {"request_id": asked.id, "trace_id": trace_id, "span_id": span_id}
+    return {name: id for name, id in ids.items() if id}
 
 
 def _tensors(values: Values) -> list[Any]:

@@ -6,6 +6,7 @@ row that has nothing more to say than its tokens or texts ends there. Knows no T
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -100,11 +101,14 @@ def _text(text: Text) -> tuple[Any, ...]:
 
 
 def pack_events(events: Sequence[Event], counters: Mapping[str, int]) -> bytes:
-    """orchestrator → gateway: one lane message. Without events it is a heartbeat."""
-    return orjson.dumps({"events": [_event(event) for event in events], "counters": counters})
+    """orchestrator → gateway: one lane message, and when it was made. Without events it is a heartbeat."""
+    return orjson.dumps(
+        {"events": [_event(event) for event in events], "counters": counters, "made_ns": time.time_ns()}
+    )
 
 
-def unpack_events(packed: bytes) -> tuple[list[Event], dict[str, int]]:
+def unpack_events(packed: bytes) -> tuple[list[Event], dict[str, int], int]:
+    """The events, the engine's counters (none if there is nothing new), and when the message was made."""
     message = orjson.loads(packed)
     events = []
     for id, texts, *more in message["events"]:
@@ -116,7 +120,7 @@ def unpack_events(packed: bytes) -> tuple[list[Event], dict[str, int]]:
             entries = _entries(logprobs)
             told = (reason, prompt_tokens, completion_tokens, stages, failure, entries, cached_tokens)
             events.append(Event(id, texts, *told, *([(width, height) for width, height in sizes] for sizes in seen)))
-    return events, message["counters"]
+    return events, message["counters"], message["made_ns"]
 
 
 def _event(event: Event) -> tuple[Any, ...]:

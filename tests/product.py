@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.processes import free_ports
 from pipelines.pipeline import cache_dir
@@ -57,6 +58,11 @@ class Product:
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def logged(self, source: str) -> list[dict[str, Any]]:
+        """The log's lines that come from the gateway, from Triton, or from a stage."""
+        lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["source"] == source]
 
     def triton_log(self) -> str:
         return (self.cache / "logs" / f"triton-{self.grpc_port}.log").read_text(errors="replace")
@@ -103,6 +109,17 @@ class Product:
             return counters
         finally:
             client.close()
+
+    def events(self) -> dict[tuple[str, str], float]:
+        """What the supervisor has counted, by pipeline and event."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        samples = (sample for family in families for sample in family.samples)
+        return {
+            (sample.labels["pipeline"], sample.labels["event"]): sample.value
+            for sample in samples
+            if sample.name == "triptych_supervisor_events_total"
+        }
 
     def get(self, path: str) -> tuple[int, Any]:
         try:

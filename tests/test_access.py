@@ -110,8 +110,9 @@ def test_the_body_of_whoever_has_no_key_is_not_read(server):
 def test_health_and_local_metrics_are_open(server):
     for path in ("/health/live", "/health/ready", "/metrics"):
         assert server.get(path).status_code == 200
-    proxied = httpx.get(server.url + "/metrics", headers={"x-forwarded-for": "192.0.2.1"})
-    is_refused(proxied, "An API key is needed")
+    for path in ("/metrics", "/metrics/triton"):
+        proxied = httpx.get(server.url + path, headers={"x-forwarded-for": "192.0.2.1"})
+        is_refused(proxied, "An API key is needed")
     for key in (ALICE, ADMIN):
         headers = {**bearer(key), "x-forwarded-for": "192.0.2.1"}
         assert httpx.get(server.url + "/metrics", headers=headers).status_code == 200

@@ -252,6 +252,21 @@ def test_a_stream_byte_for_byte(server, backend):
     assert [chunk.decode() for chunk in chunks] == expected  # a delta is one write
 
 
+@pytest.mark.parametrize("options", [{"include_timing": True}, {"include_timing": True, "include_usage": False}])
+def test_a_stream_tells_its_stages_if_asked(server, options):
+    """By the names of Server-Timing, in the usage's chunk, which it brings along."""
+    with server.client() as client:
+        *chunks, last = client.chat.completions.create(**HELLO, stream=True, stream_options=options)
+    assert not any(hasattr(chunk, "timing") for chunk in chunks)
+    assert last.usage.total_tokens == 7
+    timing = last.timing
+    assert list(timing) == ["admission", "preprocess", "generate", "total"]
+    assert (timing["preprocess"], timing["generate"]) == (1.5, 20)
+    assert 0 <= timing["admission"] <= timing["total"]
+    names = [part.split(";")[0] for part in server.post(CHAT_PATH, HELLO).headers["server-timing"].split(", ")]
+    assert [name for name in names if name in timing] == list(timing)
+
+
 def test_headers_wait_for_acceptance_but_not_for_text(server, backend):
     backend.steps = [ACCEPTED, FOREVER]
     with server.open(CHAT_PATH, {**HELLO, "stream": True}) as connection:
@@ -825,12 +840,12 @@ def sample(name, **labels):
 
 
 def test_metrics_of_an_answer(server):
-    before = sample("triptych_output_tokens_total", pipeline=MODEL)
+    before = sample("triptych_tokens_total", pipeline=MODEL, type="output")
     firsts = sample("gen_ai_server_time_to_first_token_seconds_count", pipeline=MODEL)
     server.post(CHAT_PATH, {**HELLO, "stream": True})
     server.post(CHAT_PATH, HELLO)
     # A request is counted once its last byte is written: the client may be here first.
-    wait_for(lambda: sample("triptych_output_tokens_total", pipeline=MODEL) == before + 8)
+    wait_for(lambda: sample("triptych_tokens_total", pipeline=MODEL, type="output") == before + 8)
     assert sample("gen_ai_server_time_to_first_token_seconds_count", pipeline=MODEL) == firsts + 2
     wait_for(lambda: sample("triptych_requests_in_flight", pipeline=MODEL) == 0)
     response = server.get("/metrics")
@@ -1144,6 +1159,8 @@ def test_settings_come_from_the_environment():
         ("BODY_TIMEOUT_S", "0"),
         ("WRITE_TIMEOUT_S", "0"),
         ("IDLE_TIMEOUT_S", "0"),
+        ("LOG_LEVEL", "loud"),
+        ("LOG_FORMAT", "xml"),
     ],
 )
 def test_a_bad_setting_names_its_key(key, value):

@@ -91,6 +91,8 @@ def test_counters_and_the_bound_on_running():
     counters = driven.counters
     assert (counters.running, counters.waiting, counters.finished, counters.cancelled) == (0, 0, 3, 0)
     assert (counters.prompt_tokens, counters.output_tokens, counters.steps) == (6, 6, 4)
+    assert counters.step_rows == 6
+    assert counters.step_ns > 0
 
 
 def test_cancel_running_waiting_and_unknown():

@@ -70,6 +70,8 @@ def test_with_others_that_come_and_go_it_answers_as_generate_does(fast):
     counters = driven.counters
     assert (counters.finished, counters.cancelled, counters.running, counters.waiting) == (5, 2, 0, 0)
     assert counters.output_tokens == sum(len(ids) for ids in tokens.values())
+    assert counters.steps < counters.output_tokens <= counters.step_rows  # which has the chunks of prompts too
+    assert counters.step_ns > 0
 
 
 def test_what_is_shared_is_not_computed_again_and_changes_nothing(fast):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -18,11 +19,12 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _root():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    loggers = [logging.getLogger(name) for name in ("", "gateway", "observability", "pipelines")]
+    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    loggers[0].handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def test_a_json_line_has_the_ids_and_no_other_extra():
@@ -83,4 +85,43 @@ def test_levels_are_kept_and_bad_settings_refused():
     with pytest.raises(ValueError, match="'loud' must be debug"):
         logs.configure("loud")
     with pytest.raises(ValueError, match="'xml' must be auto"):
-        logs.configure("info", "xml")  # type: ignore[arg-type]
+        logs.configure("info", "xml")
+
+
+def test_ids_of_a_request_are_on_all_its_lines():
+    out = io.StringIO()
+    logs.configure("info", "json", out, source="gateway")
+
+    async def request(name):
+        logs.about(request_id=name, trace_id=f"trace of {name}", span_id=None)
+        await asyncio.sleep(0)
+        logging.getLogger("gateway.x").info("from within")
+        logging.getLogger("gateway.x").info("its own", extra={"request_id": "another"})
+
+    async def both():
+        await asyncio.gather(request("one"), request("two"))
+        logging.getLogger("gateway.x").info("outside")
+
+    asyncio.run(both())
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    found = [(line["message"], line.get("request_id"), line.get("trace_id")) for line in lines]
+    assert sorted(found, key=str) == [
+        ("from within", "one", "trace of one"),
+        ("from within", "two", "trace of two"),
+        ("its own", "another", "trace of one"),
+        ("its own", "another", "trace of two"),
+        ("outside", None, None),
+    ]
+    assert all(line["source"] == "gateway" and "span_id" not in line for line in lines)
+
+
+def test_others_are_told_from_warning_on():
+    out = io.StringIO()
+    logs.configure("info", "text", out)
+    logging.getLogger("a.library").info("of its own workings")
+    logging.getLogger("gateway.x").info("ours")
+    assert out.getvalue().endswith("info gateway.x: ours\n")
+    assert "workings" not in out.getvalue()
+    logs.configure("debug", "text", out)
+    logging.getLogger("a.library").info("of its own workings")
+    assert "workings" in out.getvalue()

@@ -84,6 +84,8 @@ def test_triton_killed_mid_stream_is_restarted(own_product: Product) -> None:
     assert again.json()["usage"]["completion_tokens"] == 4
     assert not any(alive(pid) for pid in family)
     assert len(own_product.shm()) == shm
+    assert own_product.events() == {("", "triton_died"): 1, ("", "triton_restarted"): 1}
+    assert httpx.get(f"{own_product.url}/metrics/triton", timeout=30).status_code == 200
     assert own_product.stop() == 0
     assert own_product.shm() == []
 
@@ -124,6 +126,12 @@ def test_a_stage_that_is_killed_is_replaced(own_product: Product, stage: str) ->
     assert len({json.loads(text)["choices"][0]["text"] for text in beside}) == 1
     wait_for(lambda: len(own_product.shm()) == shm, 10)
     assert sum("backend_stub " in command for command in own_product.family().values()) == 8
+    events = own_product.events()
+    assert events.pop(("echo-slow", "repaired")) == 1
+    assert events.pop(("echo-slow", "stub_died")) >= 1  # the orchestrator goes with whichever it was
+    assert not events
+    if stage == "generate":  # what the ensemble is without it, in the server's words and in our log
+        wait_for(lambda: any("echo-slow-ensemble" in line["message"] for line in own_product.logged("triton")), 10)
 
 
 def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:

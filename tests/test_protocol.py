@@ -238,6 +238,8 @@ def test_each_endpoint_has_its_own_input():
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"include_timing": 1}}, "stream_options.include_timing"),
+        ({"stream": True, "stream_options": {"include_timings": True}}, "stream_options.include_timings"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"n": True}, "n"),

@@ -245,3 +245,13 @@ def test_the_error_event_is_what_the_official_client_raises_on():
     failure = failure_of(StageError("no", code="timeout"), "r1")
     assert sse.event(failure.body()) == b"data: " + orjson.dumps(failure.body()) + b"\n\n"
     assert json.loads(decode(Events.error(failure))[0])["error"]["message"] == "no"
+
+
+def test_timing_is_in_the_usages_chunk_and_nowhere_else():
+    taken = {"prefill": 12.5, "total": 40.0}
+    events = Events(CHAT, HEAD, [Choice(CHAT, 0)], include_usage=True, timing=lambda totals: taken)
+    *chunks, usage, done = decode(events.opening() + closing(events, Delta(["a"], "stop", 9, 12)))
+    assert done == "[DONE]"
+    assert all("timing" not in json.loads(chunk) for chunk in chunks)
+    assert json.loads(usage)["timing"] == taken
+    assert json.loads(usage)["usage"]["completion_tokens"] == 12

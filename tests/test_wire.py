@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import orjson
 
@@ -82,8 +83,9 @@ def test_events() -> None:
     ]
     packed = wire.pack_events(events, {"running": 1})
     assert orjson.loads(packed)["events"][0] == ["a", ["x"]]
-    found, counters = wire.unpack_events(packed)
+    found, counters, made_ns = wire.unpack_events(packed)
     assert counters == {"running": 1}
+    assert 0 <= time.time_ns() - made_ns < 60e9
     assert [event[:6] for event in found] == [(*event[:5], dict(event.stages)) for event in events]
     assert plain([event.logprobs for event in found]) == plain([event.logprobs for event in events])
     assert [event.cached_tokens for event in found] == [0, 0, 2, 0, 0]

@@ -98,12 +98,15 @@ class Counters:
 
     Every request ends in exactly one of `finished` (stop, length or error) and `cancelled`. `prompt_tokens`
     counts the prompts that were admitted, `cached_tokens` what of them was not computed again, `preempted` how often
-    a running request had to wait again; `steps` the passes that produced something.
+    a running request had to wait again; `steps` the passes that produced something, `step_ns` the time in them and
+    `step_rows` the rows in them, both 0 where the model's own code makes the steps.
     """
 
     running: int = 0
     waiting: int = 0
     steps: int = 0
+    step_ns: int = 0
+    step_rows: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

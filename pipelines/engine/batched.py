@@ -131,6 +131,7 @@ class BatchedEngine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Admit, forward, sample, emit."""
+        began_ns = time.perf_counter_ns()
         outputs = self._leave()
         plan = self._scheduler.plan()
         rows, logits = self._run(plan)
@@ -138,6 +139,9 @@ class BatchedEngine:
         outputs += [self._emit(row, choice) for row, choice in zip(rows, choices, strict=True)]
         outputs += [self._failed(row) for row in self._scheduler.running if row.error and not row.finish_reason]
         self._retire(outputs)
+        if computed := len(plan.decode) + len(plan.chunks):
+            self.counters.step_rows += computed
+            self.counters.step_ns += time.perf_counter_ns() - began_ns
         return outputs
 
     def _leave(self) -> list[Output]:

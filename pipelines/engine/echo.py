@@ -142,6 +142,7 @@ class EchoEngine:
 
     def step(self) -> list[Output]:
         """Admit, then one token for each running request, or with a pace all that are due by now."""
+        began_ns = time.perf_counter_ns()
         outputs = self._leave() if self._cancelled or self._deadlines else []
         if self._waiting:
             self._admit()
@@ -150,6 +151,8 @@ class EchoEngine:
             self.counters.steps += 1
             self.counters.output_tokens += sum([len(output.token_ids) for output in given])
             self._retire({output.id for output in given if output.finish_reason})
+            self.counters.step_rows += len(given)
+            self.counters.step_ns += time.perf_counter_ns() - began_ns
         return outputs + given if outputs else given
 
     def _paced(self) -> list[Output]:
