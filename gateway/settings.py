@@ -48,6 +48,9 @@ class Settings:
     body_timeout_s: int = 120  # for its body
     write_timeout_s: int = 30  # for a client to go on reading
     idle_timeout_s: int = 75  # for a kept connection's next request; longer than the official client keeps one
+    trace_ring: int = 512  # the last requests' traces are kept in memory; 0: none, and none is exported for its end
+    trace_ring_mb: int = 16  # and in so much of it
+    trace_slow_ms: int = 0  # a request that takes longer has its trace exported; 0: only the pipeline's p95 says so
 
     def __post_init__(self) -> None:
         self._check("host", bool(self.host), "an address to listen on")
@@ -62,6 +65,9 @@ class Settings:
         self._check("max_choices", self.max_choices >= 1, "1 or more")
         self._check("max_timeout_ms", 1 <= self.max_timeout_ms <= MAX_TIMEOUT_MS, f"1 to {MAX_TIMEOUT_MS}")
         self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
+        self._check("trace_ring", self.trace_ring >= 0, "0 (no traces are kept) or more")
+        self._check("trace_ring_mb", self.trace_ring_mb >= 1, "1 or more")
+        self._check("trace_slow_ms", self.trace_slow_ms >= 0, "0 (no threshold) or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
         for key in ("key_requests_per_minute", "key_concurrency"):
             self._check(key, 0 <= getattr(self, key) <= MAX_LIMIT, f"0 (no limit) to {MAX_LIMIT}")
