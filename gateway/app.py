@@ -29,7 +29,9 @@ from gateway.room import Room
 from gateway.scrape import triton_metrics
 from gateway.settings import Settings
 from gateway.state import AppState, state_of
+from gateway.traces import TRACE_ROUTES
 from observability import metrics
+from observability.keeping import Traces
 from pipelines.errors import StageError
 
 EXPOSED = [  # to web pages, of the headers
@@ -48,8 +50,12 @@ def create_app(
     settings: Settings,
     lifespan: Callable[[], AbstractAsyncContextManager[None]] | None = None,
     keys: Keys | None = None,
+    traces: Traces | None = None,
 ) -> Starlette:
-    """The gateway over a backend. `lifespan` is entered before the first request, left after the last."""
+    """The gateway over a backend. `lifespan` is entered before the first request, left after the last.
+
+    `traces` are kept, and shown to whoever administers this gateway.
+    """
     admission = Admission(settings.max_concurrency, settings.max_queue)
     keys = keys or Keys()
     room = Room(settings.max_body_memory_bytes)
@@ -64,6 +70,7 @@ def create_app(
                 admission=admission,
                 keys=keys,
                 room=room,
+                traces=traces,
                 started=int(time.time()),
             )
 
@@ -142,4 +149,5 @@ ROUTES = [
     Route("/health/ready", ready),
     Route("/metrics", show_metrics),
     Route("/metrics/triton", triton_metrics),
+    *TRACE_ROUTES,
 ]

@@ -1,4 +1,4 @@
-"""The command `triptych`: serve, pull, pipelines, key, doctor.
+"""The command `triptych`: serve, pull, pipelines, key, trace, doctor.
 
 Errors a user can mend are one sentence and exit code 1.
 """
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from gateway import keys
 from gateway.ratelimit import MAX_LIMIT, Limits
 from gateway.settings import Settings, SettingsError
+from gateway.trace_command import TraceError, add_trace_arguments, show_trace
 from pipelines.pipeline import DEFAULTS, CatalogError, Pipeline, get_pipeline, load_catalog
 
 
@@ -85,6 +86,14 @@ def _key(options: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    try:
+        return show_trace(options, settings.url, key=os.environ.get(keys.ADMIN_KEY, ""), certificate=settings.tls_cert)
+    except TraceError as error:
+        return _say(error)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from gateway.doctor import doctor
 
@@ -149,6 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--concurrency", type=_limit, default=0, metavar="N", help="requests at a time")
     key.add_argument("--stdin", action="store_true", help="hash a key that is read from stdin")
     key.set_defaults(run=_key)
+
+    trace = commands.add_parser("trace", help="draw a request's trace: where its time went")
+    add_trace_arguments(trace)
+    trace.set_defaults(run=_trace)
 
     doctor = commands.add_parser("doctor", help="check what serving needs")
     doctor.add_argument("--port", type=int, help="the gateway's port to check (8080)")

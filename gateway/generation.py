@@ -88,7 +88,7 @@ class Generation:
             head = protocol.new_head(self.operation, request.model, stream=request.stream)
             with report.generation(request, head.id) as span:
                 submissions = self._submissions(request, deadline.left(), report.request_id, span.traceparent)
-                deltas = Merged(await _submit(state["backend"], submissions))
+                deltas = report.heard(await _submit(state["backend"], submissions))
                 try:
                     choices = self._choices(request, state["formats"].of(state["backend"].pipelines()[request.model]))
                     if request.stream:

@@ -12,19 +12,22 @@ from typing import Any
 
 from starlette.types import Scope
 
-from gateway.backend import Delta
-from gateway.choices import Arrival, Totals
+from gateway import content
+from gateway.backend import Delta, Stream
+from gateway.choices import Arrival, Merged, Totals
 from gateway.connection import header
 from gateway.errors import ClientGone, Failure, failure_of
 from gateway.protocol import GenerationRequest, Operation
 from gateway.sse import Written
 from gateway.state import state_of
 from observability import logs, metrics, tracing
+from observability.ring import Ended
 from observability.tracing import NO_SPAN, Span
 from pipelines.errors import StageError
 
 log = logging.getLogger(__name__)
 
+_USER_AGENT_LIMIT = 256
 CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; no client ever sees it
 
 
@@ -35,15 +38,18 @@ class Report:
         state = state_of(scope)
         self.request_id = state["request_id"]
         self._timings = state["timings"]
+        self._traces = state["traces"]
         self._operation = operation
         self._pipeline = ""  # until it is known to be one of the catalog's: an unknown name is never a label
         self._choices = 1
         self._began = time.perf_counter()
+        self._began_ns = tracing.now_ns()
         self._submitted = self._began
         self._first_text_at = 0.0
         self._totals: Totals | None = None
         self._failure: Failure | None = None
         self._chat: Span = NO_SPAN
+        self._heard: content.Heard | None = None
         self._server = tracing.start(
             f"{scope['method']} {operation.path}",
             kind="server",
@@ -76,6 +82,20 @@ class Report:
         )
         self._count(status, reason)
         self._server.end()
+        if self._traces and self._server.trace_id and self._server.span_id:
+            ended = Ended(
+                trace_id=self._server.trace_id,
+                span_id=self._server.span_id,
+                request_id=self.request_id,
+                pipeline=self._pipeline,
+                operation=self._operation.name,
+                status=status,
+                reason=reason,
+                started_ns=self._began_ns,
+                duration_ms=(time.perf_counter() - self._began) * 1000,
+            )
+            broke = status >= 500 or self._failure is not None or reason == "timeout"
+            self._traces.end(ended, sampled=self._server.sampled, failed=broke, cancelled=gone)
 
     def served(self, request: GenerationRequest) -> None:
         """The model is one of those served."""
@@ -106,12 +126,18 @@ class Report:
             attributes = _gen_ai_attributes(name, request, response_id)
             title = f"{name} {request.model}"
             self._chat = tracing.start(title, kind="client", parent=self._server, attributes=attributes)
+            if content.wanted():
+                self._chat.set({"gen_ai.input.messages": content.input_messages(request)})
         in_flight = metrics.IN_FLIGHT.labels(self._pipeline)
         in_flight.inc()
         self._submitted = time.perf_counter()
         try:
             with _ending(self._chat):
                 yield self._chat
+                if self._heard:
+                    self._chat.set(
+                        {"gen_ai.output.messages": content.output_messages(self._heard.texts, self._reasons)}
+                    )
         finally:
             in_flight.dec()
 
@@ -122,6 +148,17 @@ class Report:
                 metrics.IMAGES.labels(self._pipeline).inc(len(delta.pictures))
                 size = sum(3 * width * height for width, height in delta.pictures)
                 metrics.IMAGE_BYTES.labels(self._pipeline).inc(size)
+
+    def heard(self, streams: Sequence[Stream]) -> Merged:
+        """The choices' streams as one; what they say is in the trace if the operator has opted in."""
+        if self._chat is NO_SPAN or not content.wanted():
+            return Merged(streams)
+        self._heard = content.Heard(streams)
+        return self._heard
+
+    @property
+    def _reasons(self) -> Sequence[str]:
+        return self._totals.finish_reasons if self._totals else ()
 
     def accepted(self, first: Delta) -> None:
         """The pipeline took the request: a stream's headers go out, and say what is known by then."""
@@ -163,6 +200,7 @@ class Report:
         self._first_text_at = first_text_at
         if first_text_at:
             self._chat.set({"gen_ai.response.time_to_first_chunk": first_text_at - self._began})
+            self._chat.event("first text", at_ns=self._began_ns + int((first_text_at - self._began) * 1e9))
         if len(totals.last) == self._choices:
             self._totals = totals
             self._timings.update(totals.stages)
@@ -239,6 +277,7 @@ def _mark(span: Span, failure: Failure) -> None:
 
 def _http_attributes(scope: Scope, operation: Operation, request_id: str) -> Mapping[str, Any]:
     host, port = scope.get("server") or (None, None)
+    client, _ = scope.get("client") or (None, None)
     return {
         "http.request.method": scope["method"],
         "http.route": operation.path,
@@ -246,6 +285,9 @@ def _http_attributes(scope: Scope, operation: Operation, request_id: str) -> Map
         "url.scheme": scope.get("scheme", "http"),
         "server.address": host,
         "server.port": port,
+        "client.address": client,
+        "network.protocol.version": scope.get("http_version"),
+        "user_agent.original": header(scope, b"user-agent")[:_USER_AGENT_LIMIT] or None,
         "triptych.request_id": request_id,
         "triptych.key": scope["state"].get("key"),  # its name
     }

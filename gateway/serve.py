@@ -20,13 +20,15 @@ import uvloop
 from gateway import listener
 from gateway.app import create_app
 from gateway.greeting import greeting
+from gateway.kept import Kept
 from gateway.keys import Keys, forget_secrets
 from gateway.lane import Lanes
 from gateway.ratelimit import Limits
 from gateway.settings import Settings
 from gateway.supervisor import Supervisor
 from gateway.triton import Triton, TritonError, port_is_free
-from observability import logs, tracing
+from observability import logs
+from observability.keeping import Traces
 from observability.triton_log import Follower
 from pipelines.contracts import MODELS, model_name
 from pipelines.pipeline import Pipeline, cache_dir
@@ -42,7 +44,6 @@ DRAIN_S = 20
 def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     """Until SIGINT or SIGTERM; answers the exit code."""
     logs.configure(settings.log_level, settings.log_format, source="gateway")
-    tracing.configure("triptych-gateway")
     keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
     forget_secrets(os.environ)
     listener.check_tls(settings)
@@ -54,6 +55,7 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
         _pull(pipeline)
     triton = _triton(settings, pipelines)
     log_lines = Follower(triton.log_file)
+    kept = Kept(settings)
     # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -61,13 +63,13 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
         triton.start()
         print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
         triton.wait_ready(LOAD_S, lambda model: print(f"  {model} is ready", file=sys.stderr))
-        return uvloop.run(_gateway(settings, keys, pipelines, triton))
+        return uvloop.run(_gateway(settings, keys, pipelines, triton, kept.traces))
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave a server behind
         triton.stop()
         log_lines.stop()
-        tracing.shutdown()
+        kept.close()  # the last spans are those of stages that were stopped
 
 
 def _exit(number: int, frame: object) -> None:
@@ -103,7 +105,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _gateway(settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], triton: Triton) -> int:
+async def _gateway(
+    settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], triton: Triton, traces: Traces | None
+) -> int:
     served = {pipeline.name: pipeline for pipeline in pipelines}
     lanes = Lanes(settings.triton_grpc, served, accept_timeout_s=settings.accept_timeout_s)
 
@@ -115,7 +119,7 @@ async def _gateway(settings: Settings, keys: Keys, pipelines: Sequence[Pipeline]
             supervisor.cancel()  # stubs that end from here on are meant to
             await asyncio.wait([supervisor])
 
-    app = create_app(lanes, settings, lifespan, keys)
+    app = create_app(lanes, settings, lifespan, keys, traces)
     server = _Server(listener.configure(app, settings, timeout_graceful_shutdown=DRAIN_S))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

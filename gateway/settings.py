@@ -51,6 +51,9 @@ class Settings:
     idle_timeout_s: int = 75  # for a kept connection's next request; longer than the official client keeps one
     log_level: str = "info"
     log_format: str = "auto"  # text on a terminal, else JSON
+    trace_ring: int = 512  # the last requests' traces are kept in memory; 0: none, and none is exported for its end
+    trace_ring_mb: int = 16  # and in so much of it
+    trace_slow_ms: int = 0  # a request that takes longer has its trace exported; 0: only the pipeline's p95 says so
 
     def __post_init__(self) -> None:
         self._check("host", bool(self.host), "an address to listen on")
@@ -67,6 +70,9 @@ class Settings:
         self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
         self._check("log_level", self.log_level in LEVELS, ", ".join(LEVELS))
         self._check("log_format", self.log_format in FORMATS, ", ".join(FORMATS))
+        self._check("trace_ring", self.trace_ring >= 0, "0 (no traces are kept) or more")
+        self._check("trace_ring_mb", self.trace_ring_mb >= 1, "1 or more")
+        self._check("trace_slow_ms", self.trace_slow_ms >= 0, "0 (no threshold) or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
         for key in ("key_requests_per_minute", "key_concurrency"):
             self._check(key, 0 <= getattr(self, key) <= MAX_LIMIT, f"0 (no limit) to {MAX_LIMIT}")

@@ -12,6 +12,7 @@ from gateway.formats import Formats
 from gateway.keys import Keys
 from gateway.room import Room
 from gateway.settings import Settings
+from observability.keeping import Traces
 
 
 class AppState(TypedDict):
@@ -21,6 +22,7 @@ class AppState(TypedDict):
     admission: Admission
     keys: Keys
     room: Room  # for bodies
+    traces: Traces | None
     started: int  # unix seconds
 
 

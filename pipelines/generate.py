@@ -11,8 +11,9 @@ import itertools
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 MAX_POLL_TOKENS = 4096
 MIN_ROW_TOKENS = 16
 
+MOST_MATES = 8  # that a trace names
 GAP_BINS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -88,6 +90,8 @@ class _Work:
     produced: int = 0
     gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_BINS_MS) + 1))
     room: ExitStack = field(default_factory=ExitStack)  # for its pictures; closed when it has ended
+    batch: int = 0  # requests that ran when it had its first token
+    mates: list[str] = field(default_factory=list)  # traceparents of some of them
 
     def stages(self) -> dict[str, float]:
         prefill, first = self.prefill_ns or self.last_ns, self.first_ns or self.last_ns
@@ -265,6 +269,9 @@ class Generate:
                 for id in list(self._works):
                     self._engine.cancel(id)
             with self._lock:
+                for id in self._engine.begun:
+                    if (work := self._works.get(id)) and not work.prefill_ns:
+                        work.prefill_ns = started_ns
                 if outputs:
                     self._deliver(outputs, started_ns)
                 elif (idle_s := self._engine.idle_s) > 0 and not self._commands:
@@ -282,9 +289,11 @@ class Generate:
                 continue
             if output.token_ids:
                 if not work.first_ns:
-                    work.prefill_ns, work.first_ns = started_ns, now_ns
+                    work.prefill_ns, work.first_ns = work.prefill_ns or started_ns, now_ns
+                    if work.traceparent:
+                        _note_mates(work, self._works.values(), self._engine.counters.running)
                 elif work.traceparent:
-                    work.gaps[_bin((now_ns - work.last_ns) / 1e6)] += 1
+                    work.gaps[bisect_left(GAP_BINS_MS, (now_ns - work.last_ns) / 1e6)] += 1
                 work.produced += len(output.token_ids)
                 work.output_ids += output.token_ids
                 work.logprobs += output.logprobs
@@ -366,8 +375,13 @@ class Generate:
         self._works.clear()
 
 
-def _bin(gap_ms: float) -> int:
-    return next((index for index, edge in enumerate(GAP_BINS_MS) if gap_ms <= edge), len(GAP_BINS_MS))
+def _note_mates(work: _Work, others: Iterable[_Work], running: int) -> None:
+    """Who ran when it had its first token: how many, and some of them, whom its trace names. Once a request."""
+    work.batch = running
+    for mate in itertools.islice(others, 4 * MOST_MATES):
+        if mate.first_ns and mate.traceparent and mate.traceparent != work.traceparent:
+            work.mates.append(mate.traceparent)
+    del work.mates[MOST_MATES:]
 
 
 def _trace(work: _Work) -> None:
@@ -380,15 +394,20 @@ def _trace(work: _Work) -> None:
         "gen_ai.usage.input_tokens": work.prompt_tokens,
         "gen_ai.usage.output_tokens": work.produced,
         "gen_ai.usage.cache_read.input_tokens": work.cached_tokens,
+        "triptych.batch.size": work.batch or None,
     }
     span = tracing.start("generate", parent=work.traceparent, attributes=attributes, start_ns=work.arrived_ns)
     if work.finish_reason == "error":
         span.error("internal", work.error)
     elif work.finish_reason == "timeout":
         span.error("timeout")
+    for mate in work.mates:
+        span.link(mate)
     tracing.record("queue", span, work.arrived_ns, prefill_ns)
     if work.first_ns:
         tracing.record("prefill", span, prefill_ns, first_ns, {"gen_ai.usage.input_tokens": work.prompt_tokens})
         gaps = {"triptych.gap_ms.bounds": list(GAP_BINS_MS), "triptych.gap_ms.counts": work.gaps}
         tracing.record("decode", span, first_ns, work.last_ns, gaps)
+    elif work.prefill_ns:
+        tracing.record("prefill", span, prefill_ns, work.last_ns)
     span.end(work.last_ns)

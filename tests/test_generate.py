@@ -110,6 +110,7 @@ class Scripted:
     """An engine that plays one step after another, once there is a request."""
 
     idle_s = 0.0
+    begun = ()
 
     def __init__(self, *steps: list[Output]) -> None:
         self.counters = Counters()
@@ -241,6 +242,7 @@ class Breaking:
     """An engine whose step fails once."""
 
     idle_s = 0.0
+    begun = ()
 
     def __init__(self) -> None:
         self.counters = Counters()

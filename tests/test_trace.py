@@ -138,3 +138,19 @@ def test_tracing_off_costs_no_import(own_product: Product) -> None:
             Path(f"/proc/{pid}/task/{task}/comm").read_text().strip() for task in os.listdir(f"/proc/{pid}/task")
         }
         assert not any("Otel" in thread for thread in threads)
+
+
+def test_an_unsampled_request_that_ends_badly_is_exported_whole(product: Product, otlp: Receiver) -> None:
+    """Every process kept its spans for that."""
+    trace_id, span_id, traceparent = new_trace()
+    body = {"model": "echo-slow", "messages": ask("Hi there"), "max_tokens": 5000, "stream": True}
+    headers = {"traceparent": traceparent[:-2] + "00"}
+    with httpx.stream("POST", f"{product.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if '"content":"' in line and '"content":""' not in line:
+                break
+    own = {"admission", "chat echo-slow", "sse.write"}
+    expect = (STAGES - {"postprocess"}) | own
+    root = otlp.tree(trace_id, expect=expect, remote_parent=span_id, timeout=20, tolerance_ns=2_000_000_000)
+    assert sorted(span.name for span in root.walk()) == sorted({root.name, *expect})
+    assert {span.service for span in root.walk()} == {"triptych-gateway", "triptych-preprocess", "triptych-generate"}

@@ -12,8 +12,12 @@ import time
 import urllib.request
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
 from observability import tracing
+from observability.sampling import sampler
 from tests.otlp_receiver import BrokenTrace, ReceivedSpan, Receiver, build_tree
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -108,12 +112,12 @@ def test_a_trace_of_two_services_is_one_tree(receiver):
 
 def test_a_stage_under_a_gateway_with_the_users_service_name(receiver, monkeypatch):
     monkeypatch.setenv("OTEL_SERVICE_NAME", "shop")
-    for given, wanted in [
+    for name, wanted in [
         ("triptych", "shop"),
         ("triptych-gateway", "shop"),
         ("triptych-generate", "shop-generate"),
     ]:
-        assert tracing.configure(given)
+        assert tracing.configure(name)
         with tracing.start("a", kind="server") as span:
             pass
         tracing.flush()
@@ -157,6 +161,97 @@ def test_the_sampler_is_the_standard_variable(receiver, monkeypatch):
     tracing.configure("triptych")
     assert tracing.start("POST /", kind="server") is tracing.NO_SPAN
     assert tracing.start("POST /", kind="server", parent=SAMPLED).trace_id == TRACE
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "root", "under_sampled", "under_unsampled"),
+    [
+        ("", "", True, True, False),
+        ("always_on", "", True, True, True),
+        ("always_off", "", False, False, False),
+        ("traceidratio", "1", True, True, True),
+        ("traceidratio", "0", False, False, False),
+        ("ParentBased_Always_Off", "", False, True, False),
+        ("parentbased_traceidratio", "", True, True, False),
+    ],
+)
+def test_samplers(name, argument, root, under_sampled, under_unsampled):
+    decide = sampler({"OTEL_TRACES_SAMPLER": name, "OTEL_TRACES_SAMPLER_ARG": argument})
+    assert [decide(TRACE, parent) for parent in (None, True, False)] == [root, under_sampled, under_unsampled]
+
+
+@given(st.floats(0, 1), st.integers(1, 2**128 - 1))
+def test_a_ratio_is_decided_as_the_sdk_decides_it(ratio, trace_id):
+    decide = sampler({"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": str(ratio)})
+    sdk = TraceIdRatioBased(ratio).should_sample(None, trace_id, "a")
+    assert decide(f"{trace_id:032x}", None) == sdk.decision.is_sampled()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "named"),
+    [
+        ("sometimes", "", "OTEL_TRACES_SAMPLER=sometimes"),
+        ("traceidratio", "half", "OTEL_TRACES_SAMPLER_ARG=half"),
+        ("traceidratio", "1.5", "OTEL_TRACES_SAMPLER_ARG=1.5"),
+    ],
+)
+def test_a_sampler_that_is_not_known_is_one_warning(receiver, monkeypatch, caplog, name, argument, named):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", name)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", argument)
+    assert not tracing.configure("triptych")
+    assert [named in record.message for record in caplog.records] == [True]
+
+
+def test_whoever_collects_gets_all_and_the_exporter_what_is_sampled(receiver, monkeypatch):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    collected = []
+    assert tracing.configure("triptych-gateway", collected.append)
+    with tracing.start("POST /", kind="server") as unsampled:
+        tracing.start("chat", parent=unsampled).end()
+        assert (unsampled.sampled, unsampled.traceparent[-2:]) == (False, "00")
+    with tracing.start("POST /", kind="server", parent=SAMPLED) as sampled:
+        assert (sampled.sampled, sampled.traceparent[-2:]) == (True, "01")
+    assert [(span.name, span.trace_id, span.sampled) for span in collected] == [
+        ("chat", unsampled.trace_id, False),
+        ("POST /", unsampled.trace_id, False),
+        ("POST /", TRACE, True),
+    ]
+    tracing.export(collected[1])  # it ended badly
+    assert tracing.flush()
+    assert sorted(span.trace_id for span in receiver.spans()) == sorted([unsampled.trace_id, TRACE])
+
+
+def test_events_and_links_and_nothing_after_the_end(receiver):
+    collected = []
+    tracing.configure("triptych", collected.append)
+    span = tracing.start("POST /", kind="server")
+    span.event("first text", {"n": 1, "none": None}, at_ns=5)
+    for number in range(10):
+        span.link(f"00-{TRACE}-{number + 1:016x}-01")
+    span.link("rubbish")
+    span.end()
+    span.event("late")
+    span.link(SAMPLED)
+    assert collected[0].events == [("first text", 5, {"n": 1})]
+    assert collected[0].links == [(TRACE, f"{number + 1:016x}") for number in range(8)]
+    assert tracing.flush()
+    assert tracing.stats() == {"ended": 1, "exported": 1, "failed": 0}
+
+
+def test_without_an_endpoint_what_is_collected_needs_no_sdk():
+    code = (
+        "import sys\n"
+        "from observability import tracing\n"
+        "spans = []\n"
+        "assert tracing.configure('triptych-gateway', spans.append) is False\n"
+        "with tracing.start('POST /', kind='server') as root: assert not root.sampled\n"
+        f"assert tracing.start('POST /', kind='server', parent='{SAMPLED}').traceparent.endswith('-01')\n"
+        "assert [span.service for span in spans] == ['shop']\n"
+        "assert not any(name.startswith('opentelemetry') for name in sys.modules)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    environ = {**clean, "OTEL_RESOURCE_ATTRIBUTES": "a=b,service.name=shop"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environ, timeout=30)
 
 
 def test_an_exception_is_the_spans_error_and_goes_on(receiver):

@@ -119,6 +119,7 @@ class Engine(Protocol):
     """Continuous batching behind four calls. A `step` is: admit, forward, sample, emit, for all that run."""
 
     counters: Counters
+    begun: Sequence[str]  # those whose prompts the last step took in without giving a token yet: long ones take several
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its id must not be that of one in flight: that is a ValueError."""

@@ -72,6 +72,7 @@ class BatchedEngine:
             raise ValueError(f"the key and value cache of {kv_bytes} bytes holds no token of this model")
         self.limits = Limits(min(limits.context, capacity), limits.eos_ids)
         self.counters = Counters()
+        self.begun: Sequence[str] = ()
         self.why_not_fast = ""
         self._forward: Forward
         try:
@@ -134,6 +135,7 @@ class BatchedEngine:
         began_ns = time.perf_counter_ns()
         outputs = self._leave()
         plan = self._scheduler.plan()
+        self.begun = [chunk.row.request.id for chunk in plan.chunks if not chunk.last]
         rows, logits = self._run(plan)
         choices = sample(logits, [row.draw for row in rows]) if rows else []
         outputs += [self._emit(row, choice) for row, choice in zip(rows, choices, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pipelines.engine import Counters, Limits, Logprob, Output, Request
 from pipelines.sampling import Sampling
@@ -103,6 +103,7 @@ class EchoEngine:
         self.tokens_per_s = tokens_per_s
         self.max_running = max_running
         self.counters = Counters()
+        self.begun: Sequence[str] = ()
         self._clock = clock
         self._waiting: list[tuple[int, int, Request]] = []  # a heap: by priority, then as they came
         self._numbers = itertools.count()

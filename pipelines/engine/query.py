@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,7 @@ class QueryEngine:
     ) -> None:
         self.limits = limits
         self.counters = Counters()
+        self.begun: Sequence[str] = ()
         self._ask = ask
         self._spelling = spelling
         self._clock = clock
