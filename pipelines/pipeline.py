@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 DEFAULT = "smollm2-135m-instruct"
-DEFAULTS = (DEFAULT,)  # what is served when nothing is named
+DEFAULTS = (DEFAULT, "shapes-vlm")  # what is served where no pipeline is named
 CATALOG = Path(__file__).parent / "catalog"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -137,9 +137,14 @@ def test_answers_to_held_out_pictures_are_right(answers, asked, pictures):
     assert share(answers, asked, pictures) >= 0.95
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("grey", "pair")])
 def test_every_form_of_picture_is_seen(answers, asked, pictures, form):
-    assert share(answers, asked, pictures, lambda case: case.form == form) >= 0.85
+    """Of grey ones there are too few to say; what pairs are worth is in docs/shapes.md."""
+    assert share(answers, asked, pictures, lambda case: case.form == form) >= 0.9
+
+
+def test_where_one_shape_is_asked_about_nearly_all_is_right(answers, asked, pictures):
+    assert share(answers, asked, pictures, lambda case: not case.apart) >= 0.97
 
 
 def test_without_a_picture_it_asks_for_one(answers):
@@ -183,8 +188,16 @@ def test_a_wrong_resize_shows(answers, asked, pictures, resize):
     assert share(answers, asked, pictures, wanted, each(resize)) < 0.7
 
 
-def test_pictures_in_the_wrong_order_show(answers, asked, pictures):
-    def wanted(case):
-        return case.form == "pair" and case.asked.about != "same"
-
-    assert share(answers, asked, pictures, wanted, lambda shown: shown[::-1]) < 0.5
+def test_pictures_in_the_wrong_order_show(answers):
+    """Two pictures of one shape each, of two colours: which is the first is all that tells the answers apart."""
+    rng, asked, shown = random.Random(77), [], []
+    while len(asked) < 60:
+        scenes = [random_scene(rng, 320, 240, count=1) for _ in range(2)]
+        colours = [scene.shapes[0].colour for scene in scenes]
+        if len(set(colours)) == 2:
+            index = rng.randrange(2)
+            question = f"What color is the shape in the {('first', 'second')[index]} picture?"
+            asked.append(Case((b"", b""), Asked(question, f"The shape is {colours[index]}.", "colour"), "pair", False))
+            shown.append([draw(scene) for scene in scenes])
+    assert share(answers, asked, shown) > 0.85
+    assert share(answers, asked, shown, spoil=lambda pair: pair[::-1]) < 0.1

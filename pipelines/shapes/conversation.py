@@ -16,9 +16,19 @@ from pipelines.shapes.questions import HELLO, Asked, ask, hello, system
 Message = dict[str, Any]
 
 
-def conversation(rng: random.Random, scenes: Sequence[Scene], turns: int, grey: bool = False) -> list[Message]:
-    """`turns` questions with their answers. The pictures come with the first, mostly; some come with a later one."""
+def conversation(
+    rng: random.Random, scenes: Sequence[Scene], turns: int, grey: bool = False, plain: bool = False
+) -> list[Message]:
+    """`turns` questions with their answers. The pictures come with the first, mostly; some come with a later one.
+
+    `plain`: they all come with the first, and nothing else is said.
+    """
     messages: list[Message] = []
+    if plain:
+        messages += _turn(rng, ask(rng, scenes, grey), len(scenes))
+        for _ in range(turns - 1):
+            messages += _turn(rng, ask(rng, scenes, grey), 0)
+        return messages
     if rng.random() < 0.1:
         messages.append({"role": "system", "content": system(rng)})
     if rng.random() < 0.08:

@@ -48,12 +48,16 @@ _OF_EACH = {
 
 @dataclass(frozen=True)
 class Case:
-    """Encoded pictures, whether the question comes before them, the question, its answer, and of what form it is."""
+    """Encoded pictures, whether the question comes before them, the question, its answer, and of what form it is.
+
+    `apart`: several shapes, or pictures, must be told apart to answer.
+    """
 
     pictures: tuple[bytes, ...]
     asked: Asked
     form: str
     question_first: bool
+    apart: bool = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -76,13 +80,13 @@ def _case(rng: random.Random, form: str) -> Case:
         forms = rng.choices(("jpeg", "transparent", "palette", "webp", "odd"), k=2)
         scenes = [_scene(rng, one) for one in forms]
         files = tuple(_encode(rng, one, scene) for one, scene in zip(forms, scenes, strict=True))
-        return Case(files, ask(rng, scenes), form, first)
+        return Case(files, ask(rng, scenes), form, first, apart=True)
     while True:
         scene = _scene(rng, form)
         asked = ask(rng, [scene], grey=form == "grey")
         # In the center of a picture turned by mistake is still the center.
         if form != "turned" or (asked.about == "where" and "center" not in asked.answer):
-            return Case((_encode(rng, form, scene),), asked, form, first)
+            return Case((_encode(rng, form, scene),), asked, form, first, apart=len(scene.shapes) > 1)
 
 
 def _scene(rng: random.Random, form: str) -> Scene:

@@ -1,21 +1,20 @@
 """How well a model folder answers about pictures it has not seen: `python -m pipelines.shapes.score DIR`.
 
-Asks through transformers' own processor and `generate`, greedily. Knows the cases; how a file becomes a picture is for
-the caller to say.
+Asks through transformers' own processor and `generate`, greedily, about pictures as `images.decode` makes them.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from pipelines.images.decode import open_picture
 from pipelines.shapes.held_out import Case, cases
 
 _BATCH = 50
@@ -36,7 +35,7 @@ class Answers:
             texts = [self.processor.apply_chat_template(case.messages, add_generation_prompt=True)
                      for case in asked[start : start + _BATCH]]  # fmt: skip
             shown = [list(each) for each in pictures[start : start + _BATCH]]
-            inputs = self.processor(text=texts, images=shown, padding=True, return_tensors="pt")
+            inputs = self.processor(text=texts, images=shown if any(shown) else None, padding=True, return_tensors="pt")
             with torch.inference_mode():
                 ids = self.model.generate(**inputs, max_new_tokens=_LONGEST, do_sample=False)
             new = ids[:, inputs["input_ids"].shape[1] :]
@@ -45,14 +44,8 @@ class Answers:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture as a person sees it: turned as its EXIF says, and what is transparent on white."""
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    paper = Image.new("RGBA", layer.size, "white")
-    paper.alpha_composite(layer)
-    return paper.convert("RGB")
+    """The picture as a person sees it."""
+    return open_picture(data, param="picture", max_pixels=10**8).decode()
 
 
 def table(asked: Sequence[Case], right: Sequence[bool], key: Callable[[Case], str]) -> Iterator[str]:
@@ -72,7 +65,13 @@ def main() -> None:
     asked = cases(args.count)
     said = Answers(args.folder)(asked, [[decode(file) for file in case.pictures] for case in asked])
     right = [answer == case.asked.answer for answer, case in zip(said, asked, strict=True)]
-    for key in (lambda case: case.asked.about, lambda case: case.form, lambda case: "all"):
+    apart = {False: "one shape", True: "told apart"}
+    for key in (
+        lambda case: case.asked.about,
+        lambda case: case.form,
+        lambda case: apart[case.apart],
+        lambda case: "all",
+    ):
         print(*table(asked, right, key), sep="\n", end="\n\n")
     if args.wrong:
         for answer, case, fine in zip(said, asked, right, strict=True):

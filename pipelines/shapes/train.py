@@ -23,13 +23,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipelines.shapes import blank
 from pipelines.shapes.conversation import Message, conversation
-from pipelines.shapes.drawing import COLOURS, Scene
+from pipelines.shapes.drawing import COLOURS, COLUMNS, KINDS, ROWS, SIZES, Scene
 from pipelines.shapes.pool import IGNORE, LANDMARKS, Numbers, Pool, fill, landmarks, singles
 
 PICTURES = 48  # in a batch, however many a conversation has
-_SHARES = (0.55, 0.3, 0.08, 0.07)  # of batches whose conversations have one, two, three and four pictures
-_TURNS = (5, 5, 6, 6)
+_SHARES = (0.6, 0.28, 0.06, 0.06)  # of batches whose conversations have one, two, three and four pictures
+_TURNS = (6, 6, 6, 6)
+_TOLD = 6.0  # how much more a word counts that says what is seen than one that is grammar
 _LOOKING = 1000  # first steps: the vision tower alone
+_APART = 800  # then: questions for whose answers shapes or pictures must be told apart
 _LOOKING_AGAIN = 50  # of a model that goes on: its head is new
 _PLATEAU = 0.7  # of the steps at the full rate
 _PEAK = 1.5e-3
@@ -49,33 +51,42 @@ class Batches:
         self._processor = processor
         self._rng = random.Random(seed)
         self._singles = singles(pool)
+        self._several = [index for index, scene in enumerate(pool.scenes) if 2 <= len(scene.shapes) <= 3]
         words = processor.tokenizer
         names = (blank.IMAGE, blank.ASSISTANT, blank.END, blank.PAD)
+        said = " ".join((*COLOURS, *KINDS, *SIZES, *COLUMNS, *ROWS, "one two three four no Yes No"))
+        self.told = torch.tensor(sorted({token for word in said.split() for token in _spelt(words, word)}))
         self._image, self._assistant, self._end, self._pad = (words.convert_tokens_to_ids(name) for name in names)
 
     def looking(self) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = [self._one(self._rng.randrange(len(self._pool))) for _ in range(PICTURES)]
         return _pixels([picture for picture, _, _ in drawn]), _landmarks([scene for _, scene, _ in drawn])
 
-    def answering(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        each = self._rng.choices((1, 2, 3, 4), _SHARES)[0]
+    def answering(self, apart: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`apart`: of several shapes, or of two pictures, which must be told apart for any answer."""
+        each = self._rng.choices((1, 2), (0.7, 0.3))[0] if apart else self._rng.choices((1, 2, 3, 4), _SHARES)[0]
         pictures: list[Numbers] = []
         scenes: list[Scene] = []
         talks: list[list[Message]] = []
         for _ in range(PICTURES // each):
-            if self._rng.random() < 0.02:
+            if not apart and self._rng.random() < 0.02:
                 talks.append(conversation(self._rng, [], 3))
                 continue
-            drawn = [self._one(index) for index in self._choice(each)]
+            drawn = [self._one(index) for index in self._choice(each, apart)]
             shown = [scene for _, scene, _ in drawn]
-            talks.append(conversation(self._rng, shown, _TURNS[each - 1], grey=any(grey for _, _, grey in drawn)))
+            grey = any(grey for _, _, grey in drawn)
+            talks.append(conversation(self._rng, shown, _TURNS[each - 1], grey=grey, plain=apart))
             pictures += [picture for picture, _, _ in drawn]
             scenes += shown
         ids, labels = self._tokens(talks)
         return _pixels(pictures), _landmarks(scenes), ids, labels
 
-    def _choice(self, each: int) -> list[int]:
+    def _choice(self, each: int, apart: bool) -> list[int]:
         """Which pictures a conversation is about. Two of one shape each are of one colour more often than by chance."""
+        if apart and each == 1:
+            return [self._rng.choice(self._several)]
+        if apart:
+            return [self._rng.choice(self._rng.choice(list(self._singles.values()))) for _ in range(2)]
         if each == 2 and self._rng.random() < 0.25:
             one = self._rng.choice(COLOURS)
             other = one if self._rng.random() < 0.5 else self._rng.choice(COLOURS)
@@ -105,6 +116,12 @@ class Batches:
         return padded[..., 0].contiguous(), padded[..., 1].contiguous()
 
 
+def _spelt(words: Any, word: str) -> list[int]:
+    """A word as it stands in a sentence."""
+    ids: list[int] = words(f" {word}").input_ids
+    return ids
+
+
 def _pixels(pictures: list[Numbers]) -> torch.Tensor:
     """As the image processor gives them."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
@@ -122,9 +139,13 @@ def seen_loss(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def said_loss(
-    model: LlavaForConditionalGeneration, seen: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor
+    model: LlavaForConditionalGeneration,
+    seen: torch.Tensor,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    told: torch.Tensor,
 ) -> torch.Tensor:
-    """Cross-entropy of the answers' tokens. Padding is on the right, where causal attention does not look."""
+    """Cross-entropy of the answers' tokens; `told` are those that say what is seen. Padding is on the right, unseen."""
     text = model.model.language_model
     embedded = text.embed_tokens(ids)
     spots = (ids == model.config.image_token_index).unsqueeze(-1)
@@ -132,7 +153,9 @@ def said_loss(
     hidden = text(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
     learned = wanted != IGNORE
-    return fn.cross_entropy(model.lm_head(hidden[learned]).float(), wanted[learned])
+    losses = fn.cross_entropy(model.lm_head(hidden[learned]).float(), wanted[learned], reduction="none")
+    weights = 1 + (_TOLD - 1) * torch.isin(wanted[learned], told).float()
+    return (losses * weights).sum() / weights.sum()
 
 
 class Plan:
@@ -168,6 +191,7 @@ def train(out: Path, plan: Plan, pool_size: int, seed: int, begun: Path | None =
     if begun:
         model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(begun, dtype=torch.float32).state_dict())
     looking = _LOOKING_AGAIN if begun else _LOOKING
+    apart = looking + _APART
     AttentionInterface.register("float32", _attention)
     model.set_attn_implementation("float32")
     head = nn.Linear(model.config.text_config.hidden_size, sum(LANDMARKS))
@@ -185,7 +209,8 @@ def train(out: Path, plan: Plan, pool_size: int, seed: int, begun: Path | None =
     while plan.steps is None or step < plan.steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        looked, said = _losses(model, head, batches, answering=step >= looking)
+        kind = "looking" if step < looking else "apart" if step < apart else "all"
+        looked, said = _losses(model, head, batches, kind)
         (said + looked * (0.3 if step >= looking else 1.0)).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -200,16 +225,16 @@ def train(out: Path, plan: Plan, pool_size: int, seed: int, begun: Path | None =
 
 
 def _losses(
-    model: LlavaForConditionalGeneration, head: nn.Linear, batches: Batches, answering: bool
+    model: LlavaForConditionalGeneration, head: nn.Linear, batches: Batches, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
-        if not answering:
+        if kind == "looking":
             pixels, truth = batches.looking()
             seen = torch.stack(list(model.get_image_features(pixels).pooler_output))
             return seen_loss(head(seen).float(), truth), torch.zeros(())
-        pixels, truth, ids, labels = batches.answering()
+        pixels, truth, ids, labels = batches.answering(apart=kind == "apart")
         seen = torch.stack(list(model.get_image_features(pixels).pooler_output))
-        return seen_loss(head(seen).float(), truth), said_loss(model, seen, ids, labels)
+        return seen_loss(head(seen).float(), truth), said_loss(model, seen, ids, labels, batches.told)
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
