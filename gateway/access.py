@@ -11,7 +11,7 @@ import ipaddress
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.connection import header
-from gateway.errors import ApiError
+from gateway.errors import ApiError, retry_after
 from gateway.keys import Key, Keys
 from gateway.ratelimit import Limiter
 from gateway.state import state_of
@@ -41,10 +41,7 @@ class Access:
         refusal = limiter.begin()
         state["headers"] += limiter.headers()
         if refusal:
-            headers = {
-                "retry-after": str(max(1, -(-refusal.wait_ms // 1000))),
-                "retry-after-ms": str(max(1, refusal.wait_ms)),
-            }
+            headers = retry_after(refusal.wait_ms / 1000)
             raise ApiError(429, refusal.message, code="rate_limit_exceeded", type="requests", headers=headers)
         try:
             await self.app(scope, receive, send)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import orjson
 from starlette.applications import Starlette
@@ -15,30 +17,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway import objects
+from gateway import objects, transitions
 from gateway.access import Access
-from gateway.admission import Admission
+from gateway.admin import ADMIN_ROUTES
 from gateway.backend import Backend
 from gateway.errors import ApiError, handle
 from gateway.formats import Formats
 from gateway.generation import Generation, model_not_found
+from gateway.health import Health
 from gateway.keys import Keys
+from gateway.lifecycle.budget import NOTHING
+from gateway.lifecycle.driver import Elsewhere, Lifecycle
 from gateway.middleware import RequestContext
+from gateway.policies import limits_of, policy_of
 from gateway.protocol import CHAT, COMPLETION
 from gateway.room import Room
 from gateway.scrape import triton_metrics
 from gateway.settings import Settings
-from gateway.state import AppState, state_of
+from gateway.state import AppState, RequestState, state_of
 from gateway.traces import TRACE_ROUTES
 from observability import metrics
 from observability.keeping import Traces
 from pipelines.errors import StageError
+from pipelines.model_config import read_context
+from pipelines.sources import is_pulled
 
 EXPOSED = [  # to web pages, of the headers
     "x-request-id",
     "server-timing",
     "retry-after",
     "retry-after-ms",
+    "x-cold-start-ms",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -51,23 +60,32 @@ def create_app(
     lifespan: Callable[[], AbstractAsyncContextManager[None]] | None = None,
     keys: Keys | None = None,
     traces: Traces | None = None,
+    *,
+    lifecycle: Lifecycle | None = None,
+    health: Health | None = None,
 ) -> Starlette:
     """The gateway over a backend. `lifespan` is entered before the first request, left after the last.
 
-    `traces` are kept, and shown to whoever administers this gateway.
+    `traces` are kept, and shown to whoever administers this gateway. Without a `lifecycle` somebody else loads the
+    backend's pipelines, and keeps them.
     """
-    admission = Admission(settings.max_concurrency, settings.max_queue)
     keys = keys or Keys()
+    standing = lifecycle is None
+    lifecycle = lifecycle or _standing(backend, settings)
+    health = health or Health(lifecycle, backend, backend.pipelines())
     room = Room(settings.max_body_memory_bytes)
 
     @asynccontextmanager
     async def with_state(app: Starlette) -> AsyncIterator[AppState]:
         async with lifespan() if lifespan else nullcontext():
+            if standing:
+                lifecycle.open()
             yield AppState(
                 backend=backend,
-                formats=Formats(backend.pipelines().values()),
+                formats=Formats(),
                 settings=settings,
-                admission=admission,
+                lifecycle=lifecycle,
+                health=health,
                 keys=keys,
                 room=room,
                 traces=traces,
@@ -82,6 +100,16 @@ def create_app(
     )
     app.router.redirect_slashes = False  # an unknown URL is a 404, not a way to another one
     return app
+
+
+def _standing(backend: Backend, settings: Settings) -> Lifecycle:
+    """Of a backend whose pipelines are there, whatever they take."""
+    policies = {
+        name: replace(policy_of(pipeline, settings, gpu=False), memory=NOTHING, pin=True)
+        for name, pipeline in backend.pipelines().items()
+    }
+    limits = replace(limits_of(settings), max_loads=max(1, len(policies)))
+    return Lifecycle(limits, policies, Elsewhere(), transitions.tell)
 
 
 def _cors(origins: list[str]) -> list[Middleware]:
@@ -102,7 +130,7 @@ def _cors(origins: list[str]) -> list[Middleware]:
 
 async def list_models(request: Request) -> Response:
     state = state_of(request.scope)
-    return _json(objects.model_list(sorted(state["backend"].pipelines()), state["started"]))
+    return _json(objects.model_list([_model(state, name) for name in sorted(state["backend"].pipelines())]))
 
 
 async def get_model(request: Request) -> Response:
@@ -110,7 +138,23 @@ async def get_model(request: Request) -> Response:
     name: str = request.path_params["id"]
     if name not in state["backend"].pipelines():
         raise model_not_found(name)
-    return _json(objects.model_object(name, state["started"]))
+    return _json(_model(state, name))
+
+
+def _model(state: RequestState, name: str) -> dict[str, Any]:
+    """OpenAI's object, and of ours what it can and whether it is in memory."""
+    pipeline = state["backend"].pipelines()[name]
+    return {
+        **objects.model_object(name, state["started"]),
+        "state": state["lifecycle"].state(name).value,
+        "pulled": is_pulled(pipeline),
+        "description": pipeline.description,
+        "context_length": pipeline.context or read_context(pipeline.home) or None,
+        "input_modalities": ["text", "image"] if pipeline.takes_images else ["text"],
+        "output_modalities": ["text"],
+        "max_images": pipeline.max_images,
+        "supported_parameters": sorted(CHAT.parameters),
+    }
 
 
 async def live(request: Request) -> Response:
@@ -119,19 +163,32 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 only if every served pipeline can answer now, and there is one."""
-    backend = state_of(request.scope)["backend"]
-    served = sorted(backend.pipelines())
-    not_ready = [name for name in served if not backend.ready(name)]
-    if served and not not_ready:
-        return _json({"status": "ready", "not_ready": []})
-    return _json({"status": "not ready", "not_ready": not_ready}, status=503)
+    """200 if the gateway can serve, and what it loads from the start can answer."""
+    health = state_of(request.scope)["health"]
+    if health.ready():
+        return _json({"status": "ready", "not_ready": health.not_ready()})
+    return _json({"status": "not ready", "not_ready": health.not_ready()}, status=503)
+
+
+async def pipeline_ready(request: Request) -> Response:
+    """200 if a request would be taken, be it after a load."""
+    state = state_of(request.scope)
+    name: str = request.path_params["id"]
+    if name not in state["backend"].pipelines():
+        raise model_not_found(name)
+    answers = state["health"].answers(name)
+    told = {"status": "ready" if answers else "not ready", "state": state["lifecycle"].state(name).value}
+    return _json(told, status=200 if answers else 503)
 
 
 async def show_metrics(request: Request) -> Response:
-    backend = state_of(request.scope)["backend"]
-    for name in backend.pipelines():
-        metrics.PIPELINE_READY.labels(name).set(backend.ready(name))
+    state = state_of(request.scope)
+    for name in state["backend"].pipelines():
+        metrics.PIPELINE_READY.labels(name).set(state["health"].answers(name))
+    used, total = state["lifecycle"].memory
+    for kind in ("ram", "gpu"):
+        metrics.MEMORY_BYTES.labels(kind, "reserved").set(getattr(used, kind))
+        metrics.MEMORY_BYTES.labels(kind, "total").set(getattr(total, kind))
     data, media_type = metrics.render(request.headers.get("accept", ""))
     return Response(data, headers={"content-type": media_type})
 
@@ -147,7 +204,9 @@ ROUTES = [
     Route("/v1/models/{id:path}", get_model),
     Route("/health/live", live),
     Route("/health/ready", ready),
+    Route("/health/ready/{id:path}", pipeline_ready),
     Route("/metrics", show_metrics),
     Route("/metrics/triton", triton_metrics),
+    *ADMIN_ROUTES,
     *TRACE_ROUTES,
 ]

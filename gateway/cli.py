@@ -33,11 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from gateway.catalog import Catalog
     from gateway.serve import serve
     from gateway.triton import TritonError
 
+    named = options.pipeline or ()
+    for name in named:
+        get_pipeline(name)  # one that is not there is told
     try:
-        return serve(_settings(options), [get_pipeline(name) for name in options.pipeline or DEFAULTS])
+        return serve(_settings(options), Catalog(only=named), named or DEFAULTS)
     except TritonError as error:
         return _say(error)
 
@@ -139,7 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         "--triton-grpc-port", type=int, help="Triton's gRPC port (8001); HTTP is the one below, metrics the one above"
     )
     serve.add_argument(
-        "--pipeline", action="append", metavar="NAME", help=f"a pipeline to serve, repeatable ({', '.join(DEFAULTS)})"
+        "--pipeline",
+        action="append",
+        metavar="NAME",
+        help=f"serve this one alone, repeatable (the whole catalog, with {' and '.join(DEFAULTS)} loaded)",
     )
     serve.set_defaults(run=_serve)
 

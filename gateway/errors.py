@@ -7,6 +7,7 @@ request id that the client also has.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ _STATUS = {
     "invalid_image": 400,
     "unsupported_parameter": 400,
     "context_length_exceeded": 400,
+    "model_not_found": 404,
+    "model_not_pulled": 404,
     "overloaded": 429,
     "unavailable": 503,
     "unhealthy": 503,
@@ -91,15 +94,18 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
         message = error.message
         if error.stage and error.stage not in message:
             message = f"{message} (stage: {error.stage})"
-        headers = {}
-        if error.code in _RETRY_AFTER_S:
-            headers["retry-after"] = str(_RETRY_AFTER_S[error.code])
+        headers = retry_after(error.retry_after_s or _RETRY_AFTER_S[error.code]) if error.code in _RETRY_AFTER_S else {}
         return Failure(_STATUS[error.code], error.code, message, error.param, error.stage, headers)
     if isinstance(error, ApiError):
         return Failure(error.status, error.code, error.message, error.param, headers=error.headers, type=error.type)
     if isinstance(error, HTTPException):
         return _of_http(error)
     return _internal(error, request_id)
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """RFC 9110's header in whole seconds, and the finer one that the official client prefers."""
+    return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(seconds * 1000)))}
 
 
 def log_failure(failure: Failure, error: Exception, request_id: str) -> None:

@@ -1,9 +1,8 @@
-"""Which format the answers of each pipeline have: read from its files once, when the gateway starts."""
+"""Which format the answers of each pipeline have: read from its files when it is first asked for."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from pipelines.answer.formats import AnswerFormat
 from pipelines.pipeline import Pipeline
@@ -12,15 +11,15 @@ log = logging.getLogger(__name__)
 
 
 class Formats:
-    def __init__(self, pipelines: Iterable[Pipeline]) -> None:
-        self._found: dict[str, AnswerFormat] = {}
-        for pipeline in pipelines:
-            self.of(pipeline)
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, AnswerFormat]] = {}  # by name, of which version
 
     def of(self, pipeline: Pipeline) -> AnswerFormat:
-        if pipeline.name not in self._found:
-            self._found[pipeline.name] = _load(pipeline)
-        return self._found[pipeline.name]
+        version, form = self._found.get(pipeline.name, ("", None))
+        if form is None or version != pipeline.version:
+            form = _load(pipeline)
+            self._found[pipeline.name] = pipeline.version, form
+        return form
 
 
 def _load(pipeline: Pipeline) -> AnswerFormat:

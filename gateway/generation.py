@@ -18,12 +18,15 @@ from gateway.backend import Backend, Stream, Submission
 from gateway.choices import Choice, Merged, ParsedChoice, Totals
 from gateway.connection import header, read_body, too_large, while_connected
 from gateway.errors import ApiError, Failure, failure_of, log_failure
+from gateway.lifecycle.driver import Place
+from gateway.lifecycle.states import State
 from gateway.objects import Head
 from gateway.protocol import GenerationRequest, Operation
 from gateway.report import Report
 from gateway.room import Share
 from gateway.sse import Events, Written, write_stream
 from gateway.state import state_of
+from gateway.waiting import Opened, while_loading
 from pipelines.answer.formats import AnswerFormat
 from pipelines.errors import StageError
 from pipelines.messages import check_count, image_parts
@@ -80,10 +83,40 @@ class Generation:
         receive: Receive,
         send: Send,
     ) -> None:
+        opened = Opened(send)
+        try:
+            await self._admitted(request, deadline, report, scope, receive, opened)
+        except Exception as error:
+            if not opened.opened:
+                raise
+            failure = _told(error, report.request_id)  # the headers of this stream went out while it waited
+            report.broke(failure)
+            await send({"type": "http.response.body", "body": Events.error(failure)})
+
+    async def _admitted(
+        self,
+        request: GenerationRequest,
+        deadline: _Deadline,
+        report: Report,
+        scope: Scope,
+        receive: Receive,
+        send: Opened,
+    ) -> None:
         state = state_of(scope)
-        admission = state["admission"]
-        with report.admission(admission.depth):
-            await admission.acquire(request.choices, deadline.left_s())
+        lifecycle = state["lifecycle"]
+        place = Place(
+            request=f"{report.request_id}.{_PROCESS}{next(_COUNT):x}",
+            pipeline=request.model,
+            places=request.choices,
+            deadline=deadline.at(state["settings"].max_wait_s),
+            batch=request.batch,
+            keep_alive=request.keep_alive,
+        )
+        with report.admission(place, lifecycle.waiting(request.model)):
+            if request.stream and lifecycle.state(request.model) is not State.READY:
+                await while_loading(lifecycle.start(place), send, lambda: lifecycle.progress(request.model))
+            else:
+                await lifecycle.start(place)
         try:
             head = protocol.new_head(self.operation, request.model, stream=request.stream)
             with report.generation(request, head.id) as span:
@@ -92,14 +125,14 @@ class Generation:
                 try:
                     choices = self._choices(request, state["formats"].of(state["backend"].pipelines()[request.model]))
                     if request.stream:
-                        await self._stream(request, head, choices, deltas, report, send)
+                        await self._stream(request, head, choices, deltas, report, send.or_bare)
                     else:
                         response = await self._whole(request, head, choices, deltas, report)
                         await response(scope, receive, send)
                 finally:
                     deltas.cancel()
         finally:
-            admission.release(request.choices)
+            lifecycle.finish(place)
 
     def _submissions(
         self, request: GenerationRequest, terms: Terms, request_id: str, traceparent: str | None
@@ -137,16 +170,11 @@ class Generation:
         report.taken(first)
         report.accepted(first[0][1])
 
-        def fail(error: Exception) -> Failure:
-            failure = failure_of(error, report.request_id)
-            log_failure(failure, error, report.request_id)
-            return failure
-
         timing = report.timing if request.include_timing else None
         events = Events(self.operation, head, choices, include_usage=request.include_usage, timing=timing)
         written = Written(Totals(request.n))
         with report.writing(written):
-            await write_stream(send, deltas, first, events, written, fail)
+            await write_stream(send, deltas, first, events, written, lambda error: _told(error, report.request_id))
 
     async def _whole(
         self, request: GenerationRequest, head: Head, choices: Sequence[Choice], deltas: Merged, report: Report
@@ -184,9 +212,17 @@ class _Deadline:
         """Raises StageError, `timeout`, when nothing is."""
         return self._terms.after(time.monotonic() - self._began)
 
-    def left_s(self) -> float | None:
-        timeout_ms = self.left().timeout_ms
-        return None if timeout_ms is None else timeout_ms / 1000
+    def at(self, most_s: float) -> float:
+        """When it is over, by time.monotonic; of a request that gave itself no time, after the most."""
+        timeout_ms = self._terms.timeout_ms
+        return self._began + (most_s if timeout_ms is None else timeout_ms / 1000)
+
+
+def _told(error: Exception, request_id: str) -> Failure:
+    """What a stream's last event says of it; what it does not say is in the log."""
+    failure = failure_of(error, request_id)
+    log_failure(failure, error, request_id)
+    return failure
 
 
 async def _at_once(

@@ -149,17 +149,17 @@ class Lane:
         self._streams: dict[str, LaneStream] = {}
         self._out: asyncio.Queue[Any] = asyncio.Queue()
         self._heard = 0.0
+        self._opened = asyncio.Event()
         self._numbers = 0
         self._messages = 0
         self._closing = False
-        self._suspended = False
         self._connection: asyncio.Task[str] | None = None
         self._received = metrics.LANE_MESSAGES.labels(pipeline.name)
         self._lag = metrics.LANE_LAG_SECONDS.labels(pipeline.name)
 
     @property
     def ready(self) -> bool:
-        return not self._suspended and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
+        return not self._closing and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
 
     async def submit(self, submission: Submission) -> LaneStream:
         if not self.ready:
@@ -180,26 +180,26 @@ class Lane:
                 await asyncio.wait([self._connection])
             finally:
                 self._connection.cancel()
-            reason = "suspended" if self._connection.cancelled() else self._connection.result()
+            if self._connection.cancelled():
+                return
+            reason = self._connection.result()
             if self._heard and not self._closing:
                 log.warning("lane of %s lost: %s", self.pipeline.name, reason)
             self._lose(StageError(f"pipeline '{self.pipeline.name}' was lost: {reason}", code="unavailable"))
             await asyncio.sleep(0 if self._closing else _RECONNECT_S)
-            while self._suspended and not self._closing:
-                await asyncio.sleep(0.05)
 
-    def suspend(self, error: StageError) -> None:
-        """A stage has died: whoever waits is told, and nothing is sent until `resume`."""
-        self._suspended = True
+    def lose(self, error: StageError) -> None:
+        """The pipeline has died: whoever waits is told, and nothing is sent any more."""
+        self._closing = True
         self._lose(error)
-        metrics.forget_engine(self.pipeline.name)  # its counts start anew
         if self._connection:
             self._connection.cancel()
 
-    def resume(self) -> None:
-        self._suspended = False
+    async def opened(self) -> None:
+        """Until the first heartbeat."""
+        await self._opened.wait()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Let the orchestrator finish the lane: Triton waits for open requests when it stops."""
         self._closing = True
         self._send("", {"listener": self._listener, contracts.OPERATION: "close"})
@@ -252,6 +252,7 @@ class Lane:
             stream.fail(error)
             return
         self._heard = time.monotonic()
+        self._opened.set()
         for packed in response.infer_response.raw_output_contents:
             events, counters, made_ns = wire.unpack_events(packed[4:])  # a BYTES element begins with its length
             self._lag.observe(max(0.0, (time.time_ns() - made_ns) / 1e9))
@@ -285,15 +286,19 @@ class _LaneError(Exception):
 
 
 class Lanes:
-    """The lanes of all pipelines served, on one channel (`gateway.backend.Backend`)."""
+    """The lanes of the pipelines that are loaded, on one channel (`gateway.backend.Backend`).
+
+    `pipelines` are those served, loaded or not: whoever has it may change it.
+    """
 
     def __init__(self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float) -> None:
         self._target = target
         self._accept_timeout_s = accept_timeout_s
-        self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the supervisor's
-        self._pipelines = dict(pipelines)
+        self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the loader's
+        self._pipelines = pipelines
         self._lanes: dict[str, Lane] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._infer: Any = None
         self._channel: Any = None
 
     async def __aenter__(self) -> Lanes:
@@ -304,25 +309,38 @@ class Lanes:
         ]
         self._channel = grpc.aio.insecure_channel(self._target, options=options)
         # The method of the generated stub, whose requests are written before they come to it.
-        infer = self._channel.stream_stream(
+        self._infer = self._channel.stream_stream(
             "/inference.GRPCInferenceService/ModelStreamInfer",
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
-        self._lanes = {
-            name: Lane(pipeline, infer, self._accept_timeout_s, self._unhealthy)
-            for name, pipeline in self._pipelines.items()
-        }
-        self._tasks = [asyncio.create_task(lane.run(), name=f"lane {name}") for name, lane in self._lanes.items()]
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         for lane in self._lanes.values():
-            await lane.close()
-        _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S) if self._tasks else (set(), set())
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            lane.close()
+        await self._end(list(self._tasks.values()))
         await self._channel.close()
+
+    def open(self, pipeline: str) -> Lane:
+        """A lane to a pipeline whose models are loaded: it connects, and stays connected until it is closed."""
+        lane = Lane(self._pipelines[pipeline], self._infer, self._accept_timeout_s, self._unhealthy)
+        self._lanes[pipeline] = lane
+        self._tasks[pipeline] = asyncio.create_task(lane.run(), name=f"lane {pipeline}")
+        return lane
+
+    async def close(self, pipeline: str) -> None:
+        """The orchestrator ends it: nothing of it is in flight in Triton then."""
+        if lane := self._lanes.pop(pipeline, None):
+            lane.close()
+            await self._end([self._tasks.pop(pipeline)])
+            metrics.forget_engine(pipeline)
+
+    def lose(self, pipeline: str, error: StageError) -> None:
+        """The pipeline has died: its lane is over, and whoever waits on it is told."""
+        if lane := self._lanes.pop(pipeline, None):
+            lane.lose(error)
+            del self._tasks[pipeline]
+            metrics.forget_engine(pipeline)  # its counts start anew
 
     def pipelines(self) -> Mapping[str, Pipeline]:
         return self._pipelines
@@ -330,14 +348,16 @@ class Lanes:
     def ready(self, pipeline: str) -> bool:
         return pipeline in self._lanes and self._lanes[pipeline].ready
 
+    async def submit(self, submission: Submission) -> LaneStream:
+        if lane := self._lanes.get(submission.pipeline):
+            return await lane.submit(submission)
+        raise StageError(f"pipeline '{submission.pipeline}' is not ready; try again shortly.", code="unavailable")
+
     def _unhealthy(self, pipeline: str, stage: str) -> None:
         self.on_unhealthy(pipeline, stage)
 
-    def suspend(self, pipeline: str, error: StageError) -> None:
-        self._lanes[pipeline].suspend(error)
-
-    def resume(self, pipeline: str) -> None:
-        self._lanes[pipeline].resume()
-
-    async def submit(self, submission: Submission) -> LaneStream:
-        return await self._lanes[submission.pipeline].submit(submission)
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        _, late = await asyncio.wait(tasks, timeout=_CLOSE_S) if tasks else (set(), set())
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -154,5 +154,5 @@ def model_object(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "triptych"}
 
 
-def model_list(names: list[str], created: int) -> dict[str, Any]:
-    return {"object": "list", "data": [model_object(name, created) for name in names]}
+def model_list(models: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"object": "list", "data": models}

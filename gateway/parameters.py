@@ -18,6 +18,7 @@ from pipelines.terms import MAX_PRIORITY, whole_number
 MAX_DEPTH = 100  # of nested arrays and objects in a body; orjson itself stops at 1024
 MAX_COMPLETION_LOGPROBS = 5  # OpenAI, completions, logprobs: "The maximum value for `logprobs` is 5"
 _SHORT_BODY = 1024 * 1024  # where to count brackets is cheaper than to walk; longer ones have pictures in them
+MAX_KEEP_ALIVE = 10**9  # that a body can name; TRIPTYCH_MAX_KEEP_ALIVE is what it gets at most
 _MAX_SHOWN = 80  # characters of a client's own word in a message
 _MAX_METADATA = 16  # OpenAI: "Set of 16 key-value pairs"; keys up to 64 characters, values up to 512
 _MAX_METADATA_KEY = 64
@@ -32,7 +33,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
     "store": (False,),
 }
 
@@ -115,6 +115,20 @@ def choices(given: Mapping[str, Any], prompts: int, most: int) -> int:
 
 def priority(given: Mapping[str, Any]) -> int:
     return whole_number(given, "priority", -MAX_PRIORITY, MAX_PRIORITY) if "priority" in given else 0
+
+
+def batch(given: Mapping[str, Any]) -> bool:
+    """OpenAI, service_tier: flex is for what is not urgent; the others are all the same here."""
+    tier = given.get("service_tier", "auto")
+    if tier not in ("auto", "default", "flex"):
+        message = 'Unsupported value: \'service_tier\' can only be "auto" or "default" or "flex" here.'
+        raise StageError(message, code="unsupported_parameter", param="service_tier")
+    return bool(tier == "flex")
+
+
+def keep_alive(given: Mapping[str, Any]) -> int | None:
+    """Seconds for which the pipeline stays after the request; None: as its file says."""
+    return whole_number(given, "keep_alive", 0, MAX_KEEP_ALIVE) if "keep_alive" in given else None
 
 
 def boolean(fields: Mapping[str, Any], name: str, within: str = "") -> bool:

@@ -43,6 +43,7 @@ _COMMON = _SAMPLING | {
     "n",
     "logprobs",
     "priority",
+    "keep_alive",
     "user",
     "metadata",
     "store",
@@ -62,6 +63,8 @@ class GenerationRequest:
     tools: Tools | None = None
     n: int = 1
     priority: int = 0
+    batch: bool = False
+    keep_alive: int | None = None
     stream: bool = False
     include_usage: bool = False
     include_timing: bool = False
@@ -183,6 +186,8 @@ def parse_request(operation: Operation, body: bytes, max_choices: int = MAX_CHOI
         tools=tools,
         n=parameters.choices(given, len(prompts), max_choices),
         priority=parameters.priority(given),
+        batch=parameters.batch(given),
+        keep_alive=parameters.keep_alive(given),
         stream=stream,
         include_usage=include_usage,
         include_timing=include_timing,

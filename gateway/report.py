@@ -17,6 +17,7 @@ from gateway.backend import Delta, Stream
 from gateway.choices import Arrival, Merged, Totals
 from gateway.connection import header
 from gateway.errors import ClientGone, Failure, failure_of
+from gateway.lifecycle.driver import Place
 from gateway.protocol import GenerationRequest, Operation
 from gateway.sse import Written
 from gateway.state import state_of
@@ -38,6 +39,7 @@ class Report:
         state = state_of(scope)
         self.request_id = state["request_id"]
         self._timings = state["timings"]
+        self._headers = state["headers"]
         self._traces = state["traces"]
         self._operation = operation
         self._pipeline = ""  # until it is known to be one of the catalog's: an unknown name is never a label
@@ -103,8 +105,8 @@ class Report:
         self._choices = request.choices
 
     @contextmanager
-    def admission(self, depth: int) -> Iterator[None]:
-        """Around the wait for a place, with `depth` requests before it."""
+    def admission(self, place: Place, depth: int) -> Iterator[None]:
+        """Around the wait for a place, with `depth` requests before it, and for the pipeline to be loaded."""
         began = time.perf_counter()
         queued = metrics.QUEUED.labels(self._pipeline)
         queued.inc()
@@ -117,6 +119,34 @@ class Report:
                 self._timings["admission"] = waited = (time.perf_counter() - began) * 1000
                 metrics.QUEUE_SECONDS.labels(self._pipeline).observe(waited / 1000, metrics.exemplar(self._server))
                 span.set({"triptych.queue.wait_ms": waited})
+                if place.cold:
+                    self._cold(place, span)
+
+    def _cold(self, place: Place, span: Span) -> None:
+        """Its pipeline was not ready: how long that took, and what was done to it meanwhile."""
+        metrics.COLD_STARTS.labels(self._pipeline).observe(place.waited_s)
+        self._headers.append((b"x-cold-start-ms", str(round(place.waited_s * 1000)).encode()))
+        worked = place.worked
+        if worked is None or span is NO_SPAN:
+            return
+        self._timings[f"model.{worked.verb}"] = (worked.ended - worked.began) * 1000
+        # A load may be older than the request, whose part of it is in its trace.
+        offset_ns = tracing.now_ns() - int(time.monotonic() * 1e9)
+        floor_ns = int(place.asked * 1e9) + offset_ns
+        began_ns, ended_ns = (int(at * 1e9) + offset_ns for at in (worked.began, worked.ended))
+        attributes = {f"triptych.{worked.verb}_ms": (worked.ended - worked.began) * 1000}
+        begun_ns = max(floor_ns, began_ns)
+        load = tracing.start(f"model.{worked.verb}", parent=span, attributes=attributes, start_ns=begun_ns)
+        for phase, seconds in worked.phases.items():
+            phase_ended_ns = began_ns + int(seconds * 1e9)
+            if phase_ended_ns > floor_ns:
+                tracing.record(phase, load, max(floor_ns, began_ns), phase_ended_ns)
+            began_ns = phase_ended_ns
+        load.end(ended_ns)
+
+    def broke(self, failure: Failure) -> None:
+        """A stream whose headers went out before it could begin."""
+        self._failure = failure
 
     @contextmanager
     def generation(self, request: GenerationRequest, response_id: str) -> Iterator[Span]:

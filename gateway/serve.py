@@ -12,37 +12,42 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 import uvicorn
 import uvloop
 
-from gateway import listener
+from gateway import listener, transitions
 from gateway.app import create_app
+from gateway.catalog import Catalog
+from gateway.control import Control
 from gateway.greeting import greeting
+from gateway.health import Health
 from gateway.kept import Kept
 from gateway.keys import Keys, forget_secrets
 from gateway.lane import Lanes
+from gateway.lifecycle.driver import Lifecycle
+from gateway.lifecycle.states import State
+from gateway.loader import Loader
+from gateway.policies import limits_of, policy_of
 from gateway.ratelimit import Limits
 from gateway.settings import Settings
-from gateway.supervisor import Supervisor
+from gateway.supervisor import START_S, Supervisor
 from gateway.triton import Triton, TritonError, port_is_free
 from observability import logs
 from observability.keeping import Traces
 from observability.triton_log import Follower
-from pipelines.contracts import MODELS, model_name
 from pipelines.pipeline import Pipeline, cache_dir
-from pipelines.repository import prepare
+from pipelines.repository import emptied
 from pipelines.sources import is_pulled
 
 log = logging.getLogger(__name__)
 
-LOAD_S = 300
 DRAIN_S = 20
 
 
-def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
-    """Until SIGINT or SIGTERM; answers the exit code."""
+def serve(settings: Settings, catalog: Catalog, first: Sequence[str]) -> int:
+    """Until SIGINT or SIGTERM; answers the exit code. The `first` pipelines are loaded before anybody asks."""
     logs.configure(settings.log_level, settings.log_format, source="gateway")
     keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
     forget_secrets(os.environ)
@@ -51,10 +56,14 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     listener.raise_file_limit(settings)
     if not port_is_free(settings.port, settings.host):
         raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
-    for pipeline in pipelines:
-        _pull(pipeline)
-    triton = _triton(settings, pipelines)
-    log_lines = Follower(triton.log_file)
+    for name in first:
+        _pull(catalog.pipelines[name])
+    port = int(settings.triton_grpc.rpartition(":")[2])
+    log_file = cache_dir() / "logs" / f"triton-{port}.log"
+    log_file.unlink(missing_ok=True)
+    # The repository is this server's alone: another may serve others.
+    triton = Triton(emptied(cache_dir() / "model_repository" / str(port)), grpc_port=port, log_file=log_file)
+    log_lines = Follower(log_file)
     kept = Kept(settings)
     # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -62,8 +71,8 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
         log_lines.start()
         triton.start()
         print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
-        triton.wait_ready(LOAD_S, lambda model: print(f"  {model} is ready", file=sys.stderr))
-        return uvloop.run(_gateway(settings, keys, pipelines, triton, kept.traces))
+        triton.wait_live(START_S)
+        return uvloop.run(_Gateway(settings, keys, catalog, first, triton, kept.traces).run())
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave a server behind
@@ -85,18 +94,6 @@ def _pull(pipeline: Pipeline) -> None:
         raise SystemExit(1)  # it has said why
 
 
-def _triton(settings: Settings, pipelines: Sequence[Pipeline]) -> Triton:
-    port = int(settings.triton_grpc.rpartition(":")[2])
-    folder = cache_dir() / "model_repository" / str(port)  # of this server alone: another may serve others
-    repositories = prepare(pipelines, folder)
-    # Loading an ensemble loads its members; the orchestrator comes after them, since it calls them.
-    load = [model_name(pipeline.name, model) for model in ("ensemble", "orchestrator") for pipeline in pipelines]
-    models = [model_name(pipeline.name, model) for model in MODELS for pipeline in pipelines]
-    log_file = cache_dir() / "logs" / f"triton-{port}.log"
-    log_file.unlink(missing_ok=True)
-    return Triton(repositories, load, models, grpc_port=port, log_file=log_file)
-
-
 class _Server(uvicorn.Server):
     """uvicorn raises the signal that ended it again when it has drained; here the exit code says how it went."""
 
@@ -105,37 +102,92 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _gateway(
-    settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], triton: Triton, traces: Traces | None
-) -> int:
-    served = {pipeline.name: pipeline for pipeline in pipelines}
-    lanes = Lanes(settings.triton_grpc, served, accept_timeout_s=settings.accept_timeout_s)
+class _Gateway:
+    """All that lives in the event loop, and how it is joined."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: Keys,
+        catalog: Catalog,
+        first: Sequence[str],
+        triton: Triton,
+        traces: Traces | None,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._catalog = catalog
+        self._first = first
+        self._traces = traces
+        limits = limits_of(settings)
+        self._on_gpu = limits.memory.gpu > 0
+        self._lanes = Lanes(settings.triton_grpc, catalog.pipelines, accept_timeout_s=settings.accept_timeout_s)
+        self._control = Control(settings.triton_grpc)
+        self._supervisor = Supervisor(triton, self._control)
+        repository = triton.repository
+        self._loader = Loader(self._control, self._supervisor, self._lanes, catalog.pipelines, repository, self._lost)
+        policies = {name: policy_of(pipeline, settings, gpu=self._on_gpu) for name, pipeline in self._served()}
+        self._lifecycle = Lifecycle(limits, policies, self._loader, transitions.tell)
+        self._health = Health(self._lifecycle, self._lanes, first, lambda: self._loader.triton_is_there, catalog.broken)
+
+    async def run(self) -> int:
+        app = create_app(
+            self._lanes,
+            self._settings,
+            self._lifespan,
+            self._keys,
+            self._traces,
+            lifecycle=self._lifecycle,
+            health=self._health,
+        )
+        server = _Server(listener.configure(app, self._settings, timeout_graceful_shutdown=DRAIN_S))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop, server, number)
+        greeter = asyncio.create_task(self._greet(server))
+        try:
+            await server.serve()
+        finally:
+            greeter.cancel()
+        return 0
+
+    def _stop(self, server: uvicorn.Server, number: int) -> None:
+        self._health.stopping = True
+        server.handle_exit(number, None)
 
     @contextlib.asynccontextmanager
-    async def lifespan() -> AsyncIterator[None]:
-        async with lanes:
-            supervisor = asyncio.create_task(Supervisor(triton, lanes, pipelines).run(), name="supervisor")
+    async def _lifespan(self) -> AsyncIterator[None]:
+        async with self._control, self._lanes:
+            tasks = [
+                asyncio.create_task(self._supervisor.run(self._loader), name="supervisor"),
+                asyncio.create_task(self._catalog.watch(self._catalog_changed), name="catalog"),
+            ]
+            self._lifecycle.open()
+            for name in self._first:
+                self._lifecycle.operate("load", name)
             yield
-            supervisor.cancel()  # stubs that end from here on are meant to
-            await asyncio.wait([supervisor])
+            for task in tasks:
+                task.cancel()  # stubs that end from here on are meant to
+            await asyncio.wait(tasks)
+            await self._lifecycle.close()
 
-    app = create_app(lanes, settings, lifespan, keys, traces)
-    server = _Server(listener.configure(app, settings, timeout_graceful_shutdown=DRAIN_S))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.handle_exit, number, None)
-    greeter = asyncio.create_task(_greet(server, settings, keys, pipelines, lanes))
-    try:
-        await server.serve()
-    finally:
-        greeter.cancel()
-    return 0
+    def _served(self) -> list[tuple[str, Pipeline]]:
+        return list(self._catalog.pipelines.items())
 
+    def _lost(self, pipeline: str, reason: str) -> None:
+        self._lifecycle.lost(pipeline, reason)
 
-async def _greet(
-    server: uvicorn.Server, settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], lanes: Lanes
-) -> None:
-    """Say so once everything answers."""
-    while not (server.started and all(lanes.ready(pipeline.name) for pipeline in pipelines)):
-        await asyncio.sleep(0.05)
-    print(greeting(settings.url, pipelines, keyed=keys.required), flush=True)
+    def _catalog_changed(self, changed: Mapping[str, Pipeline], removed: frozenset[str]) -> None:
+        policies = {name: policy_of(pipeline, self._settings, gpu=self._on_gpu) for name, pipeline in changed.items()}
+        self._lifecycle.change(policies, removed)
+
+    async def _greet(self, server: uvicorn.Server) -> None:
+        """Say so once what is loaded first answers, or has failed."""
+        for name in self._first:
+            while not server.started or self._lifecycle.state(name) not in (State.READY, State.FAILED):
+                await asyncio.sleep(0.02)
+            view = self._lifecycle.view(name)
+            said = f"could not be loaded: {view.reason}" if view.state is State.FAILED else "is ready"
+            print(f"  {name} {said}", file=sys.stderr)
+        answering = [self._catalog.pipelines[name] for name in self._first if self._lanes.ready(name)]
+        print(greeting(self._settings.url, answering, keyed=self._keys.required), flush=True)

@@ -33,8 +33,13 @@ class Settings:
     max_body_bytes: int = 1024 * 1024  # of a request, without its pictures
     max_image_bytes: int = 32 * 1024 * 1024  # of the pictures in it, as they are written there
     max_body_memory_bytes: int = 1024 * 1024 * 1024  # of all bodies at once, from their reading to their answers' end
-    max_concurrency: int = 512  # choices with the pipelines at once
-    max_queue: int = 1024  # requests that wait for their turn; one more is refused
+    max_concurrency: int = 512  # choices in one pipeline at once, where its file does not say
+    max_queue: int = 1024  # requests that wait beyond that; one more is refused
+    max_wait_s: int = 300  # for a turn or a load, of a request that gave itself no time
+    max_keep_alive: int = 3600  # seconds that a request may keep its pipeline after it
+    memory_mb: int = 0  # of RAM, for all pipelines together; 0: four fifths of what there is
+    gpu_memory_mb: int = 0  # the same of the GPUs
+    max_loads: int = 2  # pipelines that are loaded at once: they compete for cores and disk
     max_choices: int = 16  # of one request: n of each prompt
     max_timeout_ms: int = 3_600_000  # the longest that a request may give itself; a longer one is cut to it
     accept_timeout_s: int = 30  # for a pipeline to take a request: preprocess, which takes milliseconds
@@ -74,6 +79,11 @@ class Settings:
         self._check("trace_ring_mb", self.trace_ring_mb >= 1, "1 or more")
         self._check("trace_slow_ms", self.trace_slow_ms >= 0, "0 (no threshold) or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
+        self._check("max_wait_s", self.max_wait_s >= 1, "1 or more")
+        self._check("max_keep_alive", self.max_keep_alive >= 0, "0 or more seconds")
+        for key in ("memory_mb", "gpu_memory_mb"):
+            self._check(key, getattr(self, key) >= 0, "0 (four fifths of what there is) or more")
+        self._check("max_loads", self.max_loads >= 1, "1 or more")
         for key in ("key_requests_per_minute", "key_concurrency"):
             self._check(key, 0 <= getattr(self, key) <= MAX_LIMIT, f"0 (no limit) to {MAX_LIMIT}")
         self._check("max_connections", self.max_connections >= 1, "1 or more")

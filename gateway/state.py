@@ -6,10 +6,11 @@ from typing import TypedDict, cast
 
 from starlette.types import Scope
 
-from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.formats import Formats
+from gateway.health import Health
 from gateway.keys import Keys
+from gateway.lifecycle.driver import Lifecycle
 from gateway.room import Room
 from gateway.settings import Settings
 from observability.keeping import Traces
@@ -19,7 +20,8 @@ class AppState(TypedDict):
     backend: Backend
     formats: Formats
     settings: Settings
-    admission: Admission
+    lifecycle: Lifecycle
+    health: Health
     keys: Keys
     room: Room  # for bodies
     traces: Traces | None

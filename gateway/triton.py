@@ -1,7 +1,7 @@
 """One tritonserver process: where its parts are, how it is started, watched and ended. Nothing of it stays behind.
 
-The binary, the python backend and its stubs come from the nvidia-pytriton package. Knows no HTTP and no pipeline
-beyond the names of its models.
+The binary, the python backend and its stubs come from the nvidia-pytriton package. Knows no HTTP, no pipeline and no
+model beyond its name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,26 +57,16 @@ class Stub:
 
 
 class Triton:
-    """`start`, then `wait_ready`, then `stop` (always). After it has died: `clean_up`, and `start` again.
+    """`start`, then `wait_live`, then `stop` (always). After it has died: `clean_up`, and `start` again.
 
-    `load` are the models it is told to load, `models` all that are there when it has: an ensemble brings its members.
+    It loads no model until it is told to.
     """
 
-    def __init__(
-        self,
-        repositories: Sequence[Path],
-        load: Sequence[str],
-        models: Sequence[str],
-        *,
-        grpc_port: int,
-        log_file: Path,
-    ) -> None:
+    def __init__(self, repository: Path, *, grpc_port: int, log_file: Path) -> None:
         self.grpc_port = grpc_port
         self.http_port, self.metrics_port = grpc_port - 1, grpc_port + 1
         self.log_file = log_file
-        self._repositories = repositories
-        self._load = load
-        self._models = models
+        self.repository = repository
         self._process: subprocess.Popen[bytes] | None = None
         self._shm = f"{_SHM_PREFIX}{os.getpid()}-{grpc_port}-"
 
@@ -101,9 +90,8 @@ class Triton:
 
     def _command(self) -> list[str]:
         command = [str(server_home() / "bin" / "tritonserver")]
-        command += [f"--model-repository={folder}" for folder in self._repositories]
+        command += [f"--model-repository={self.repository}"]
         command += [f"--backend-directory={backend_directory()}", "--model-control-mode=explicit"]
-        command += [f"--load-model={model}" for model in self._load]
         for service, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             command += [f"--{service}-address=127.0.0.1", f"--{service}-port={port}"]
         command += ["--strict-readiness=false", f"--exit-timeout-secs={_EXIT_S}"]
@@ -124,21 +112,17 @@ class Triton:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def wait_ready(self, timeout_s: float, tell: Callable[[str], None]) -> None:
-        """Until every model is ready; `tell` hears of each as it comes. May run in a thread."""
+    def wait_live(self, timeout_s: float) -> None:
+        """Until it answers. May run in a thread."""
         client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{self.grpc_port}")
-        waiting = list(self._models)
         deadline = time.monotonic() + timeout_s
         try:
-            while waiting:
+            while not _is_live(client):
                 if not self.running():
-                    raise TritonError(f"tritonserver stopped while loading: {self._last_error()} ({self.log_file})")
+                    raise TritonError(f"tritonserver stopped: {self.last_error()} ({self.log_file})")
                 if time.monotonic() > deadline:
-                    raise TritonError(f"{', '.join(waiting)} not ready after {timeout_s:g} s (see {self.log_file})")
-                for model in [model for model in waiting if _is_ready(client, model)]:
-                    waiting.remove(model)
-                    tell(model)
-                time.sleep(0.05)
+                    raise TritonError(f"tritonserver does not answer after {timeout_s:g} s (see {self.log_file})")
+                time.sleep(0.02)
         finally:
             client.close()
 
@@ -177,7 +161,7 @@ class Triton:
                 if self._shm.encode() in (process / "cmdline").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
 
-    def _last_error(self) -> str:
+    def last_error(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.exists() else []
         errors = [line for line in lines if re.match(r"E\d{4} ", line) or line.startswith("error:")]
         return (
@@ -187,9 +171,9 @@ class Triton:
         )
 
 
-def _is_ready(client: Any, model: str) -> bool:
+def _is_live(client: Any) -> bool:
     try:
-        return bool(client.is_model_ready(model, client_timeout=10))
+        return bool(client.is_server_live(client_timeout=10))
     except tritonclient.grpc.InferenceServerException:
         return False  # not listening yet
 

@@ -141,6 +141,35 @@ SUPERVISOR_EVENTS = Counter(
     ["pipeline", "event"],
     registry=REGISTRY,
 )
+LIFECYCLE_TRANSITIONS = Counter(
+    "triptych_lifecycle_transitions",
+    "A pipeline's changes of state, by the one it came to.",
+    ["pipeline", "state"],
+    registry=REGISTRY,
+)
+LIFECYCLE_STATE = Gauge(
+    "triptych_lifecycle_state", "1 for the state that a pipeline is in.", ["pipeline", "state"], registry=REGISTRY
+)
+LOAD_SECONDS = Histogram(
+    "triptych_load_phase_duration_seconds",
+    "What each phase of a pipeline's loads took.",
+    ["pipeline", "phase"],
+    buckets=_WAIT,
+    registry=REGISTRY,
+)
+COLD_STARTS = Histogram(
+    "triptych_cold_start_seconds",
+    "How long requests waited for a pipeline that was not ready.",
+    ["pipeline"],
+    buckets=_WAIT,
+    registry=REGISTRY,
+)
+MEMORY_BYTES = Gauge(
+    "triptych_memory_bytes",
+    "Memory for pipelines: what there is of ram and gpu, and what of it is reserved.",
+    ["kind", "of"],
+    registry=REGISTRY,
+)
 LOG_LINES_DROPPED = Counter(
     "triptych_log_lines_dropped",
     "Lines of Triton's log that were not told here, since they came too fast; its file has them.",
@@ -228,6 +257,12 @@ def exemplar(span: Span) -> dict[str, str] | None:
 def engine_counters(pipeline: str, counters: Mapping[str, float]) -> None:
     """The engine's own latest values of the gauges and counters named above; others are ignored."""
     _ENGINE.update(pipeline, counters)
+
+
+def lifecycle_state(pipeline: str, before: str, now: str) -> None:
+    LIFECYCLE_TRANSITIONS.labels(pipeline, now).inc()
+    LIFECYCLE_STATE.labels(pipeline, before).set(0)
+    LIFECYCLE_STATE.labels(pipeline, now).set(1)
 
 
 def forget_engine(pipeline: str) -> None:

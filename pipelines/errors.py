@@ -8,18 +8,26 @@ import json
 class StageError(Exception):
     """A request could not be served; `message` is a sentence for the user, `param` the input it names.
 
-    `code` is one of: invalid_request, invalid_image, context_length_exceeded, unsupported_parameter, overloaded,
-    unavailable, unhealthy, timeout, internal. `stage` is the stage that failed.
+    `code` is one of: invalid_request, invalid_image, context_length_exceeded, unsupported_parameter, model_not_found,
+    model_not_pulled, overloaded, unavailable, unhealthy, timeout, internal. `stage` is the stage that failed.
+    `retry_after_s` is there where who refuses knows when it would not.
     """
 
     def __init__(
-        self, message: str, *, code: str = "invalid_request", param: str | None = None, stage: str = ""
+        self,
+        message: str,
+        *,
+        code: str = "invalid_request",
+        param: str | None = None,
+        stage: str = "",
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
         self.param = param
         self.stage = stage
+        self.retry_after_s = retry_after_s
 
     def to_json(self) -> str:
         """As it travels through Triton, whose errors are strings without codes (research: gRPC in-band errors)."""

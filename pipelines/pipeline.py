@@ -32,7 +32,14 @@ ENGINES = ("transformers", "echo", "query")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("", "int8", "int4")
 EVENTS = ("message", "token")
+MAX_PRIORITY = 1000
 _DEVICE_MAP = re.compile(r"(auto|balanced|balanced_low_0|sequential|cpu|cuda(:\d+)?)?")
+
+
+_FOLLOWED = frozenset(
+    {"description", "licence", "licence_notice", "size_mb", "memory_mb", "pin", "keep_alive", "keep_parked"}
+    | {"max_concurrency", "max_queue", "priority"}
+)
 
 
 class CatalogError(ValueError):
@@ -66,6 +73,14 @@ class Pipeline:
     chat_template: str = ""  # Jinja, for a model that brings none; "": the model's own
     device_map: str = ""  # where transformers puts the layers; "": all on the one device
     trust_remote_code: bool = False  # whether code that lies beside the weights may run
+    # Of its lifecycle: when it comes into memory and leaves it.
+    memory_mb: int = 0  # what it takes when loaded, of the GPU's where there is one; 0: by the size of its files
+    pin: bool = False  # loaded without being asked for, and kept
+    keep_alive: int = 300  # idle seconds until it is parked; -1: for ever
+    keep_parked: int = 1800  # parked seconds until it is unloaded; 0: never parked; -1: for ever
+    max_concurrency: int = 0  # choices in it at once; 0: TRIPTYCH_MAX_CONCURRENCY
+    max_queue: int = -1  # requests that wait beyond that; -1: TRIPTYCH_MAX_QUEUE
+    priority: int = 0  # of the pipelines that wait for memory the lowest is first
 
     def __post_init__(self) -> None:
         self._check("name", bool(_NAME.fullmatch(self.name)), "lower-case letters, digits, '.', '_' and '-'")
@@ -87,6 +102,7 @@ class Pipeline:
         self._check("preprocess_instances", self.preprocess_instances >= 1, "1 or more")
         self._check("device_map", bool(_DEVICE_MAP.fullmatch(self.device_map)), "'', auto, balanced, cpu or cuda:N")
         self._check_trust()
+        self._check_lifecycle()
 
     def _check_files(self) -> None:
         digests_good = all(_SHA256.fullmatch(str(digest)) for digest in self.sha256.values())
@@ -107,6 +123,14 @@ class Pipeline:
         if self.engine == "echo":
             self._check("trust_remote_code", not self.trust_remote_code, "false: the echo engine runs no model's code")
 
+    def _check_lifecycle(self) -> None:
+        self._check("memory_mb", self.memory_mb >= 0, "0 (by the size of its files) or more")
+        self._check("keep_alive", self.keep_alive >= -1, "-1 (for ever) or more seconds")
+        self._check("keep_parked", self.keep_parked >= -1, "-1 (for ever), 0 (never parked) or more seconds")
+        self._check("max_concurrency", self.max_concurrency >= 0, "0 (the gateway's) or more")
+        self._check("max_queue", self.max_queue >= -1, "-1 (the gateway's) or more")
+        self._check("priority", abs(self.priority) <= MAX_PRIORITY, f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
+
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:
             raise CatalogError(f"pipeline {self.name!r}: {key} = {getattr(self, key)!r} must be {wanted}")
@@ -124,6 +148,12 @@ class Pipeline:
         files = self.source + (" and its code" if self.trust_remote_code else "")
         unique = hashlib.sha256(files.encode()).hexdigest()[:8]
         return cache_dir() / "weights" / f"{_slug(self.source)}-{unique}"
+
+    @property
+    def version(self) -> str:
+        """Of what is loaded: it changes with every key but those that a loaded pipeline can follow as it is."""
+        kept = {known.name: getattr(self, known.name) for known in fields(self) if known.name not in _FOLLOWED}
+        return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()[:16]
 
     @property
     def way_file(self) -> Path:
@@ -177,21 +207,40 @@ def _beside(file: Path, table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "source": f"path:{os.path.abspath(file.parent / place)}"}
 
 
+def catalog_files() -> list[Path]:
+    return [file for folder in catalog_dirs() for file in sorted(folder.glob("*.toml"))]
+
+
+def read_catalog() -> tuple[dict[str, Pipeline], list[CatalogError]]:
+    """Every pipeline by name, and what is wrong with the files that declare none."""
+    found: dict[str, Pipeline] = {}
+    broken: list[CatalogError] = []
+    for file in catalog_files():
+        try:
+            pipeline = load_pipeline(file)
+        except CatalogError as error:
+            broken.append(error)
+        else:
+            found[pipeline.name] = pipeline
+    return found, broken
+
+
 def load_catalog() -> dict[str, Pipeline]:
     """Every pipeline by name. A broken file is an error that names it: nothing is skipped silently."""
-    found: dict[str, Pipeline] = {}
-    for folder in catalog_dirs():
-        for file in sorted(folder.glob("*.toml")):
-            pipeline = load_pipeline(file)
-            found[pipeline.name] = pipeline
+    found, broken = read_catalog()
+    if broken:
+        raise broken[0]
     return found
 
 
 def get_pipeline(name: str) -> Pipeline:
-    catalog = load_catalog()
-    if name not in catalog:
-        raise CatalogError(f"no pipeline {name!r} in the catalog; there are: {', '.join(sorted(catalog))}")
-    return catalog[name]
+    """The pipeline of that name. A broken file does not keep others from being found."""
+    found, broken = read_catalog()
+    if name in found:
+        return found[name]
+    if broken:
+        raise broken[0]
+    raise CatalogError(f"no pipeline {name!r} in the catalog; there are: {', '.join(sorted(found))}")
 
 
 def _typed(table: dict[str, Any]) -> dict[str, Any]:

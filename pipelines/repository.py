@@ -6,25 +6,19 @@ python -m pipelines.repository        writes model_repository/*/config.pbtxt ane
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.contracts import MODELS, config_pbtxt, model_name, models_of
+from pipelines.contracts import config_pbtxt, model_name, models_of
 from pipelines.pipeline import DEFAULT, Pipeline, get_pipeline
 
 CHECKED_IN = Path(__file__).parent.parent / "model_repository"
 
 
-def prepare(pipelines: Sequence[Pipeline], folder: Path) -> list[Path]:
-    """The repositories that serve these: the checked-in one, and `folder` with the others rendered and nothing else."""
-    rendered = [pipeline for pipeline in pipelines if pipeline.name != DEFAULT]
-    keep = {model_name(pipeline.name, model) for pipeline in rendered for model in MODELS}
-    for model in folder.iterdir() if folder.exists() else ():
-        if model.name not in keep:
-            shutil.rmtree(model)
-    for pipeline in rendered:
-        render(pipeline, folder)
-    return ([CHECKED_IN] if len(rendered) < len(pipelines) else []) + ([folder] if rendered else [])
+def emptied(folder: Path) -> Path:
+    """The folder, with nothing of an earlier server's in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def render(pipeline: Pipeline, into: Path) -> None:

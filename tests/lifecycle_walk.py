@@ -110,7 +110,7 @@ class Walk:
             wake_s=self.random.uniform(0.1, 1),
             pin=self.random.random() < 0.1,
             keep_alive=pick([0, 5, 20, 1e9]),
-            park_s=pick([0, 10, 30]),
+            keep_parked=pick([0, 10, 30]),
             max_concurrency=pick([1, 2, 4]),
             max_queue=pick([0, 1, 5]),
             priority=pick([-2, 0, 0, 1]),

@@ -76,6 +76,8 @@ def samples() -> Iterator[tuple[str, dict[str, str]]]:
         metrics.BLOCKED_SECONDS.labels(NAME).inc(0)
         metrics.CONNECTIONS_ENDED.labels("idle").inc(0)
         metrics.SUPERVISOR_EVENTS.labels(NAME, "stub_died").inc(0)
+        metrics.LOAD_SECONDS.labels(NAME, "weights").observe(0.1)
+        metrics.COLD_STARTS.labels(NAME).observe(0.1)
         text = http.get("/metrics", headers={"accept": OPENMETRICS}).text
         metrics.forget_engine(NAME)
     for family in text_string_to_metric_families(text):

@@ -23,7 +23,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gateway import listener
-from gateway.admission import Admission
 from gateway.app import create_app
 from gateway.backend import Delta
 from gateway.protocol import CHAT, COMPLETION
@@ -617,10 +616,17 @@ def picture(size):
 
 
 @pytest.fixture
-def sighted(server):
-    server.backend.served["seeing"] = Pipeline(name="seeing", source="path:none", max_images=2)
-    yield server
-    del server.backend.served["seeing"]
+def sighted(sighted_server):
+    sighted_server.backend.reset()
+    return sighted_server
+
+
+@pytest.fixture(scope="module")
+def sighted_server():
+    backend = ScriptedBackend()
+    backend.served["seeing"] = Pipeline(name="seeing", source="path:none", max_images=2)
+    with Server(backend, Settings()) as server:
+        yield server
 
 
 def test_image_parts_go_on_as_they_came(sighted):
@@ -1017,100 +1023,6 @@ def test_choices_are_admitted_together():
         second.close()
         backend.steps = ANSWER
         assert len(server.post(CHAT_PATH, {**HELLO, "n": 9}).json()["choices"]) == 9  # alone, it is let in
-
-
-@pytest.mark.parametrize("leaves", ["cancelled", "times out"])
-def test_whoever_waits_behind_a_large_request_goes_on_when_it_leaves(leaves):
-    async def run():
-        admission = Admission(3, 10)
-        await admission.acquire(2)
-        large = asyncio.create_task(admission.acquire(3, 0.02 if leaves == "times out" else None))
-        await asyncio.sleep(0)
-        small = asyncio.create_task(admission.acquire(1))
-        await asyncio.sleep(0)
-        assert admission.depth == 2  # first in, first out: the small one does not overtake
-        if leaves == "cancelled":
-            large.cancel()
-        await asyncio.wait_for(small, 5)
-        (result,) = await asyncio.gather(large, return_exceptions=True)
-        assert isinstance(result, asyncio.CancelledError if leaves == "cancelled" else StageError)
-        assert (admission.in_flight, admission.depth) == (3, 0)
-
-    asyncio.run(run())
-
-
-def test_admission_is_first_in_first_out():
-    async def run():
-        admission = Admission(1, 10)
-        await admission.acquire()
-        order = []
-
-        async def one(name):
-            await admission.acquire()
-            order.append(name)
-            admission.release()
-
-        tasks = [asyncio.create_task(one(name)) for name in range(5)]
-        await asyncio.sleep(0)
-        assert admission.depth == 5
-        admission.release()
-        await asyncio.gather(*tasks)
-        assert order == [0, 1, 2, 3, 4]
-        assert (admission.in_flight, admission.depth) == (0, 0)
-
-    asyncio.run(run())
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["start", "release", "cancel", "yield"]), st.integers(0, 9), st.integers(1, 4)),
-        max_size=60,
-    )
-)
-@hypothesis_settings(max_examples=200, deadline=None)
-def test_admission_never_loses_a_place(actions):
-    """Whatever starts, ends and is cancelled, in whatever order: the limit holds, every place comes back, and nobody
-    waits who could be let in."""
-
-    async def run():
-        admission = Admission(3, 3)
-        inside = {}
-        ends = {}
-        tasks = []
-
-        async def one(end, places):
-            await admission.acquire(places)
-            inside[end] = places
-            assert sum(inside.values()) <= admission.in_flight
-            assert admission.in_flight <= 3 or len(inside) == 1
-            try:
-                await end.wait()
-            finally:
-                del inside[end]
-                admission.release(places)
-
-        for action, which, places in actions:
-            if action == "start":
-                end = asyncio.Event()
-                tasks.append(asyncio.create_task(one(end, places)))
-                ends[tasks[-1]] = end
-            elif action == "yield":
-                await asyncio.sleep(0)
-            elif tasks:
-                task = tasks[which % len(tasks)]
-                if action == "cancel":
-                    task.cancel()
-                else:
-                    ends[task].set()
-            assert admission.depth <= 3
-            assert admission.in_flight or not admission.depth
-        for end in ends.values():
-            end.set()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert result is None or isinstance(result, (asyncio.CancelledError, StageError))
-        assert (admission.in_flight, admission.depth, inside) == (0, 0, {})
-
-    asyncio.run(run())
 
 
 # The app and its settings.

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.contracts import ENSEMBLE, MODELS, config_pbtxt, model_name, models_of
 from pipelines.pipeline import DEFAULT, Pipeline, get_pipeline
-from pipelines.repository import CHECKED_IN, prepare, render
+from pipelines.repository import CHECKED_IN, render
 
 SCRIPTED = [model for model in MODELS if model != ENSEMBLE]
 
@@ -37,14 +37,6 @@ def test_other_pipelines_are_rendered_from_the_same_models(tmp_path: Path) -> No
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     render(pipeline("other"), tmp_path)  # Triton reloads what has a newer mtime
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == before
-
-
-def test_a_repository_holds_what_is_served_and_nothing_else(tmp_path: Path) -> None:
-    default = get_pipeline(DEFAULT)
-    assert prepare([default], tmp_path / "none") == [CHECKED_IN]
-    assert prepare([pipeline("one"), pipeline("two")], tmp_path) == [tmp_path]
-    assert prepare([default, pipeline("two")], tmp_path) == [CHECKED_IN, tmp_path]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"two-{model}" for model in MODELS)
 
 
 @pytest.mark.parametrize("model", SCRIPTED)

@@ -259,7 +259,7 @@ def test_a_request_whose_time_is_over_is_not_begun():
 
 
 def test_idle_is_parked_then_unloaded():
-    world = World(a=policy(keep_alive=300, park_s=600))
+    world = World(a=policy(keep_alive=300, keep_parked=600))
     world.idle()
     assert world.scheduler.next_tick == 300
     assert world.at(299) == []
@@ -297,7 +297,7 @@ def test_a_request_that_comes_while_it_is_parked_waits_for_its_wake():
 
 
 def test_what_cannot_be_parked_is_unloaded():
-    world = World(a=policy(parked=None), b=policy(park_s=0))
+    world = World(a=policy(parked=None), b=policy(keep_parked=0))
     world.idle("a")
     world.idle("b")
     assert world.at(300) == [Unload("a", Why.IDLE), Unload("b", Why.IDLE)]

@@ -186,11 +186,25 @@ def test_an_unsupported_parameter_is_refused_by_name(operation, name, value):
     parse_request(operation, orjson.dumps({**body, name: None}))  # a null is a parameter not given
 
 
+def test_flex_is_for_what_is_not_urgent():
+    body = {"model": "m", "messages": HELLO}
+    assert parse_request(CHAT, orjson.dumps({**body, "service_tier": "flex"})).batch
+    assert not parse_request(CHAT, orjson.dumps(body)).batch
+
+
+def test_keep_alive_is_a_number_of_seconds():
+    body = {"model": "m", "messages": HELLO}
+    assert parse_request(CHAT, orjson.dumps({**body, "keep_alive": 0})).keep_alive == 0
+    assert parse_request(CHAT, orjson.dumps(body)).keep_alive is None
+    for bad in (-1, 0.5, "5m", True):
+        assert refusal(CHAT, {**body, "keep_alive": bad}).param == "keep_alive"
+
+
 @pytest.mark.parametrize(
     ("operation", "name", "harmless", "refused"),
     [
         (CHAT, "store", [False], [True, 0]),
-        (CHAT, "service_tier", ["auto", "default"], ["flex", "priority"]),
+        (CHAT, "service_tier", ["auto", "default"], ["priority", 1]),
         (CHAT, "modalities", [["text"]], [["text", "audio"], []]),
         (COMPLETION, "best_of", [1], [2, True]),
         (COMPLETION, "echo", [False], [True]),

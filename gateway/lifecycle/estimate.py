@@ -80,7 +80,7 @@ def view(row: Row, held: Memory, eta_s: float, now: float) -> View:
     if idle and row.state is State.READY:
         until = row.keep_until
     elif idle and row.state is State.PARKED:
-        until = row.parked_since + row.policy.park_s
+        until = row.parked_since + row.policy.keep_parked
     return View(
         pipeline=row.name,
         state=row.state,

@@ -108,11 +108,11 @@ class Residency:
             self.plan_due = True
         elif row.pinned:
             return
-        elif self.now >= row.parked_since + row.policy.park_s:
+        elif self.now >= row.parked_since + row.policy.keep_parked:
             self.drain(row, Why.IDLE)
         else:
             self.plan_due = self.plan_due or self._blocked
-            self._arm(row, row.parked_since + row.policy.park_s)
+            self._arm(row, row.parked_since + row.policy.keep_parked)
 
     # Into memory and out of it.
 

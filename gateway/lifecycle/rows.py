@@ -134,7 +134,7 @@ class Row:
 
     @property
     def can_park(self) -> bool:
-        return self.parked is not None and self.policy.park_s > 0
+        return self.parked is not None and self.policy.keep_parked > 0
 
     @property
     def key(self) -> float:

@@ -104,9 +104,18 @@ class Scheduler:
         row = self._rows[pipeline]
         return estimate.view(row, self._residency.budget.held(pipeline), self.eta(pipeline, now), now)
 
+    def waiting(self, pipeline: str) -> int:
+        """How many requests wait for it."""
+        row = self._known(pipeline)
+        return len(row.queue) if row else 0
+
     @property
     def memory_used(self) -> Memory:
         return self._residency.budget.used
+
+    @property
+    def memory_total(self) -> Memory:
+        return self._limits.memory
 
     @property
     def _now(self) -> float:

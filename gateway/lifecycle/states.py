@@ -54,7 +54,7 @@ class Policy:
     wake_s: float = 1.0
     pin: bool = False  # loaded without being asked for, and kept
     keep_alive: float = 300.0  # idle seconds until it is parked; inf: for ever
-    park_s: float = 1800.0  # parked seconds until it is unloaded; inf: for ever; 0: never parked
+    keep_parked: float = 1800.0  # parked seconds until it is unloaded; inf: for ever; 0: never parked
     max_concurrency: int = 512  # places: a request takes one for each of its choices
     max_queue: int = 1024  # requests that wait though it works at its limit; one more is refused
     priority: int = 0  # the lowest is first, as elsewhere; a step is worth ten seconds of waiting

@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.engine import Limits
-
-# max_position_embeddings by its other names, in configs that keep an older architecture's own words.
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+from pipelines.model_config import context_of, read_json, text_half
 
 
 def read_limits(home: Path) -> Limits:
     """The context and the ids that end an answer. A ValueError names the file that does not say."""
-    config = _read(home / "config.json")
+    config = read_json(home / "config.json")
     if not config:
         raise ValueError(f"{home / 'config.json'} is missing or empty")
-    nested = config.get("text_config")
-    text = {**config, **nested} if isinstance(nested, dict) else config  # a vision model's text half
-    context = next((text[key] for key in _CONTEXT_KEYS if isinstance(text.get(key), int)), 0)
+    text = text_half(config)
+    context = context_of(text)
     if context < 1:
         raise ValueError(f"{home / 'config.json'} names no max_position_embeddings")
     return Limits(context=context, eos_ids=frozenset(_eos_ids(home, text)))
@@ -32,10 +29,10 @@ def read_limits(home: Path) -> Limits:
 
 def _eos_ids(home: Path, config: dict[str, Any]) -> Iterator[int]:
     """All that any file names: a chat model's end of turn is often in one, its end of text in another."""
-    generation = _read(home / "generation_config.json").get("eos_token_id")
+    generation = read_json(home / "generation_config.json").get("eos_token_id")
     named = generation if generation is not None else config.get("eos_token_id")
     yield from (named if isinstance(named, list) else [] if named is None else [named])
-    settings = _read(home / "tokenizer_config.json")
+    settings = read_json(home / "tokenizer_config.json")
     token = settings.get("eos_token")
     if isinstance(token, dict):  # an AddedToken as it is written
         token = token.get("content")
@@ -59,16 +56,4 @@ def _token_id(home: Path, settings: dict[str, Any], token: str) -> int | None:
     from tokenizers import Tokenizer
 
     found: int | None = Tokenizer.from_str(text).token_to_id(token)
-    return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object")
     return found

@@ -1,0 +1,88 @@
+"""Triton's model control, and the one call of a model that is no request: an operation of generate.
+
+Knows names of models and Triton's words for what went wrong; no pipeline and no lifecycle.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import grpc
+import orjson
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from gateway.lane import RECONNECT
+from pipelines import contracts
+from pipelines.errors import StageError
+
+_UNLOAD_S = 30.0
+_PLACE = re.compile(r"\s*At:\n.*", re.DOTALL)  # of an exception in a stub: its traceback, which is in the log
+_WHERE = re.compile(r"^(?:failed to load|load failed for model) '[^']*'[^:]*: (?:version \d+ is at \w+ state: )?")
+
+
+class Away(Exception):
+    """Triton does not answer."""
+
+
+class Control:
+    """One Triton. `async with` it."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._channel: Any = None
+        self._stub: Any = None
+
+    async def __aenter__(self) -> Control:
+        self._channel = grpc.aio.insecure_channel(self._target, RECONNECT)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._channel.close()
+
+    async def live(self, timeout_s: float) -> bool:
+        try:
+            answer = await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.live)
+
+    async def load(self, model: str, timeout_s: float) -> None:
+        """An ensemble brings its members. Raises StageError with what Triton says of a model that cannot be loaded."""
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        await self._call(self._stub.RepositoryModelLoad, request, timeout_s)
+
+    async def unload(self, model: str) -> None:
+        """Returns at once; what it has in flight ends first. One that is not loaded is left so."""
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        await self._call(self._stub.RepositoryModelUnload, request, _UNLOAD_S)
+
+    async def operate(self, generate: str, operation: str, timeout_s: float) -> dict[str, Any]:
+        """An operation of a generate model that takes no input, and what it says."""
+        request = service_pb2.ModelInferRequest(model_name=generate)
+        request.parameters[contracts.OPERATION].string_param = operation
+        request.outputs.add(name=contracts.ROWS.name)
+        answer = await self._call(self._stub.ModelInfer, request, timeout_s, stage="generate")
+        said: dict[str, Any] = orjson.loads(answer.raw_output_contents[0][4:])  # a BYTES element begins with its length
+        return said
+
+    async def _call(self, method: Any, request: Any, timeout_s: float, stage: str = "") -> Any:
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            details = error.details() or str(error.code())
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not await self.live(1.0):  # Triton's models can be, too
+                raise Away(details) from None
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise StageError(f"Triton did not do it within {timeout_s:g} s", code="unavailable") from None
+            if stage:
+                raise StageError.from_text(details, stage=stage) from None
+            raise StageError(reason_of(details), code="unavailable") from None
+
+
+def reason_of(details: str) -> str:
+    """The cause, of all that Triton says of a model that cannot be loaded."""
+    text = _PLACE.sub("", details.replace("; ", "\n").split("\n\n")[0])
+    text = _WHERE.sub("", text).removeprefix("Internal: ").strip()
+    return " ".join(text.split())[:500] or "Triton gives no reason"
