@@ -8,6 +8,7 @@ The engine never waits for whoever reads: a slow reader finds more in its mailbo
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from observability import tracing
-from pipelines import terms
+from pipelines import footprint, terms
 from pipelines.engine import Constraint, Engine, Logprob, Output, Request
 from pipelines.errors import StageError
 from pipelines.sampling import Sampling
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
     from pipelines.images.features import Features
     from pipelines.images.gate import Gate
 
+log = logging.getLogger(__name__)
+
 # What a poll carries at most, shared by its requests; the rest waits for the next poll, a millisecond later. It
 # bounds a message, and with it the time a request waits behind others, when an engine outruns its reader by far.
 MAX_POLL_TOKENS = 4096
 MIN_ROW_TOKENS = 16
+
+_CHANGES = ("park", "wake")  # what is asked of the engine and answered when it is done
 
 MOST_MATES = 8  # that a trace names
 GAP_BINS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -67,6 +72,18 @@ class Row(NamedTuple):
 class Poll:
     rows: list[Row]
     counters: dict[str, int]
+
+
+@dataclass(frozen=True)
+class State:
+    """What becomes of the process while nobody is served. Bytes are what it holds and no other process does."""
+
+    state: str  # ready, or parked: the engine has let go of its weights
+    phases_s: Mapping[str, float]  # of its load (`pipelines.phases`)
+    ram_bytes: int
+    gpu_bytes: int
+    can_park: bool
+    parked_ram_bytes: int | None  # when it was parked last
 
 
 @dataclass
@@ -124,12 +141,21 @@ class Generate:
         constraint: Callable[[Structure], Constraint] | None = None,
         now_ns: Callable[[], int] = time.time_ns,
         room: Gate | None = None,
+        phases_s: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """`room` is for the pictures of all requests that have not ended: who brings some waits for it."""
+        """`room` is for the pictures of all requests that have not ended: who brings some waits for it.
+
+        `phases_s` is how long its load took, which it says when it is asked for its state.
+        """
         self._engine = engine
         self._room = room
         self._stop_checker = stop_checker
         self._constraint = constraint
+        self._phases_s = dict(phases_s)
+        self._parked = False
+        self._parks = 0  # that were asked for and are not done
+        self._unanswered = 0  # parks and wakes: the sender ends after them
+        self._parked_ram_bytes: int | None = None
         self._now_ns = now_ns
         self._lock = threading.Lock()
         self._work_to_do = threading.Condition(self._lock)
@@ -209,6 +235,33 @@ class Generate:
     def counters(self) -> dict[str, int]:
         return asdict(self._engine.counters)
 
+    def state(self) -> State:
+        return State(
+            "parked" if self._parked else "ready",
+            self._phases_s,
+            footprint.ram_bytes(),
+            footprint.gpu_bytes(),
+            self._engine.can_park,
+            self._parked_ram_bytes,
+        )
+
+    def park(self, answer: Callable[[float | StageError], None]) -> None:
+        """Let go of the weights; `answer` is told the seconds it took, or why it is ready as before."""
+        if not self._engine.can_park:
+            raise StageError("This pipeline's engine cannot be parked: unload it.", stage="generate")
+        with self._lock:
+            if self._works:
+                raise StageError(
+                    f"{len(self._works)} requests run: park when they have ended.", code="unavailable", stage="generate"
+                )
+            self._command("park", answer)
+            self._parks += 1
+
+    def wake(self, answer: Callable[[float | StageError], None]) -> None:
+        """Take the weights back; `answer` is told the seconds it took, or why it is parked as before."""
+        with self._lock:
+            self._command("wake", answer)
+
     def close(self) -> None:
         """Stop both threads; whoever still waits is told."""
         with self._lock:
@@ -243,12 +296,28 @@ class Generate:
                 room.enter_context(self._room.of(size, timeout=patience_s))
             work = _Work(len(input_ids), name, traceparent, answer, arrived_ns, room=room.pop_all())
         with self._lock:
-            if self._closing:
+            if refusal := self._refusal():
                 work.room.close()
-                raise StageError("generate is shutting down", code="unavailable", stage="generate")
+                raise refusal
             self._works[id] = work
             self._commands.append(("submit", request))
             self._work_to_do.notify()
+
+    def _refusal(self) -> StageError | None:
+        """Under the lock: why no request is taken now."""
+        if self._closing:
+            return StageError("generate is shutting down", code="unavailable", stage="generate")
+        if self._parked or self._parks:
+            return StageError("This pipeline is parked: wake it first.", code="unavailable", stage="generate")
+        return None
+
+    def _command(self, verb: str, answer: Callable[[float | StageError], None]) -> None:
+        """Under the lock: to the engine thread."""
+        if self._closing:
+            raise StageError("generate is shutting down", code="unavailable", stage="generate")
+        self._commands.append((verb, answer))
+        self._unanswered += 1
+        self._work_to_do.notify()
 
     def _drive(self) -> None:
         """The engine thread: commands in, one step, outputs out."""
@@ -262,6 +331,8 @@ class Generate:
             try:
                 while commands:  # left here, the last request's pictures would stay until the next one comes
                     self._obey(*commands.popleft())
+                if not self._engine.busy:
+                    continue
                 started_ns = self._now_ns()
                 outputs = self._engine.step()
             except Exception as error:  # the engine is broken: every request on it is told, and the next may try
@@ -278,7 +349,33 @@ class Generate:
                     self._work_to_do.wait(idle_s)
 
     def _obey(self, verb: str, argument: Any) -> None:
-        getattr(self._engine, verb)(argument)
+        if verb in _CHANGES:
+            self._change(verb == "park", argument)
+        else:
+            getattr(self._engine, verb)(argument)
+
+    def _change(self, park: bool, answer: Callable[[float | StageError], None]) -> None:
+        """Ready to parked, or back. What is so already is done at once."""
+        started, changed, said = time.monotonic(), self._parked, None
+        try:
+            if park and not self._parked:
+                self._engine.park()
+                footprint.trim()
+            elif not park and self._parked:
+                self._engine.wake()
+            changed = park
+        except Exception as error:
+            verb = "parked" if park else "woken"
+            said = StageError(f"It cannot be {verb}: {error}", code="unavailable", stage="generate")
+            log.error("not %s", verb, exc_info=error)
+        took_s = time.monotonic() - started
+        with self._lock:
+            self._parked, self._parks = changed, self._parks - park
+            if changed:
+                self._parked_ram_bytes = footprint.ram_bytes()
+            self._unanswered -= 1
+            self._answers.append(lambda: answer(said or took_s))
+            self._answers_to_send.notify()
 
     def _deliver(self, outputs: list[Output], started_ns: int) -> None:
         """Under the lock: what a step produced goes to each request's work, and that to its reader."""
@@ -317,13 +414,14 @@ class Generate:
                 while not self._answers and not (poll := self._take_poll()):
                     if self._closing:
                         self._tell_the_waiting()
-                        break
+                        if self._answers or not self._unanswered:
+                            break
                     deadline = self._poll[0] if self._poll else None
                     self._answers_to_send.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 answers, self._answers = self._answers, deque()
                 if answers:
                     poll = None
-                closing = self._closing and not answers and not poll
+                closing = self._closing and not (answers or poll or self._unanswered)
             for answer in answers:
                 answer()
             if poll:
@@ -373,6 +471,11 @@ class Generate:
             if work.answer:
                 self._answers.append(lambda work=work: work.answer(stopped))  # type: ignore[misc]
         self._works.clear()
+        commands, self._commands = self._commands, deque()
+        for verb, argument in commands:
+            if verb in _CHANGES:
+                self._unanswered -= 1
+                self._answers.append(lambda answer=argument: answer(stopped))  # type: ignore[misc]
 
 
 def _note_mates(work: _Work, others: Iterable[_Work], running: int) -> None:

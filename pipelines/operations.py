@@ -1,7 +1,8 @@
 """What the generate model is asked to do, and the engine a pipeline names. Knows no Triton.
 
 Without an operation a request is one prompt answered whole (the ensemble). The orchestrator's are `submit`, `poll`
-and `cancel` (DESIGN §3); `counters` is for whoever wants to see the engine work.
+and `cancel` (DESIGN §3); `counters` is for whoever wants to see the engine work. `state`, `park` and `wake` are the
+lifecycle's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -22,6 +23,7 @@ from pipelines.engine.limits import read_limits
 from pipelines.errors import StageError
 from pipelines.generate import Answer, Generate, Poll
 from pipelines.images.gate import Gate
+from pipelines.phases import Phases
 from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
@@ -36,23 +38,26 @@ _compiling = ThreadPoolExecutor(2, "structures")
 _with_pictures = ThreadPoolExecutor(64, "pictures")  # as many as the orchestrator submits at once
 
 
-def load(pipeline: Pipeline) -> Generate:
+def load(pipeline: Pipeline, phases: Phases) -> Generate:
     """The stage of a pipeline, its engine loaded and its threads running."""
     stop_checker = Postprocess.load(pipeline.home).stop_checker
     room = Gate(pipeline.image_memory_mb << 20)
     if pipeline.engine in ("echo", "query"):  # neither can be held to a structure
-        return Generate(load_engine(pipeline), stop_checker=stop_checker, room=room)
+        engine = load_engine(pipeline, phases)
+        return Generate(engine, stop_checker=stop_checker, room=room, phases_s=phases.seconds)
     from pipelines.constraint import Constraints
 
     # Before the weights, so that the tokenizer is read while they are.
     constraints = Constraints(pipeline.home / "tokenizer.json", read_limits(pipeline.home).eos_ids)
-    return Generate(load_engine(pipeline), stop_checker=stop_checker, constraint=constraints, room=room)
+    engine = load_engine(pipeline, phases)
+    return Generate(engine, stop_checker=stop_checker, constraint=constraints, room=room, phases_s=phases.seconds)
 
 
-def load_engine(pipeline: Pipeline) -> Engine:
+def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
     if pipeline.engine == "echo":
         from pipelines.engine.echo import EchoEngine
 
+        phases.end("import")
         limits = read_limits(pipeline.home)
         limits = replace(limits, context=pipeline.context or limits.context)
         return EchoEngine(limits, tokens_per_s=pipeline.echo_tokens_per_s, max_running=pipeline.max_running)
@@ -63,16 +68,20 @@ def load_engine(pipeline: Pipeline) -> Engine:
     if pipeline.engine == "query":
         from pipelines.engine.query import load_query_engine
 
-        return load_query_engine(
+        phases.end("import")
+        queried = load_query_engine(
             pipeline.home,
             Limits(pipeline.context, frozenset()),  # its code makes the prompt and ends the answer
             trust_remote_code=pipeline.trust_remote_code,
             dtype=pipeline.dtype,
             device=device,
         )
+        phases.end("weights")
+        return queried
     from pipelines.engine import weights
     from pipelines.engine.batched import BatchedEngine
 
+    phases.end("import")
     model, limits = weights.load(
         pipeline.home,
         dtype=pipeline.dtype,
@@ -82,6 +91,7 @@ def load_engine(pipeline: Pipeline) -> Engine:
         pictures=pipeline.takes_images,
     )
     limits = replace(limits, context=pipeline.context or limits.context)
+    phases.end("weights")
     engine = BatchedEngine(
         model,
         limits,
@@ -90,6 +100,7 @@ def load_engine(pipeline: Pipeline) -> Engine:
         compile=True,
         sample=_sample(pipeline),
     )
+    phases.end("warm_up")
     pipeline.way_file.parent.mkdir(parents=True, exist_ok=True)
     pipeline.way_file.write_text(engine.way)
     log.info("%s runs %s, in %s", pipeline.name, engine.way, str(model.dtype).removeprefix("torch."))
@@ -134,6 +145,12 @@ def operate(stage: Generate, asked: Asked, answer: Callable[[Values | StageError
         answer(_said(cancelled=stage.cancel(str(asked.parameters["id"]))))
     elif asked.operation == "counters":
         answer(_said(**stage.counters()))
+    elif asked.operation == "state":
+        answer(_said(**asdict(stage.state())))
+    elif asked.operation == "park":
+        stage.park(lambda done: answer(done if isinstance(done, StageError) else _said(parked=True, park_s=done)))
+    elif asked.operation == "wake":
+        stage.wake(lambda done: answer(done if isinstance(done, StageError) else _said(woken=True, wake_s=done)))
     elif not asked.operation:
         sampling = Sampling.from_json(asked.text(contracts.SAMPLING) or "{}")
         prompt, terms, name, traceparent = _prompt(asked), Terms.of(asked.parameters), asked.id, asked.traceparent

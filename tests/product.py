@@ -101,12 +101,16 @@ class Product:
 
     def counters(self, generate: str) -> dict[str, int]:
         """The engine's own counters, asked of the generate model itself."""
+        counters: dict[str, int] = self.operate(generate, "counters")
+        return counters
+
+    def operate(self, generate: str, operation: str) -> Any:
+        """What a generate model says to an operation that is asked of it directly."""
         client = self.client()
         try:
             outputs = [triton_grpc.InferRequestedOutput("rows")]
-            asked = client.infer(generate, [], outputs=outputs, parameters={"operation": "counters"}, client_timeout=10)
-            counters: dict[str, int] = json.loads(asked.as_numpy("rows")[0])
-            return counters
+            asked = client.infer(generate, [], outputs=outputs, parameters={"operation": operation}, client_timeout=10)
+            return json.loads(asked.as_numpy("rows")[0])
         finally:
             client.close()
 

@@ -8,6 +8,7 @@ import pytest
 from pipelines import operations
 from pipelines.answer.deltas import Arguments, Call, Content
 from pipelines.errors import StageError
+from pipelines.phases import Phases
 from pipelines.pipeline import get_pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.preprocess import Preprocess
@@ -19,7 +20,7 @@ OFFERED = [{"type": "function", "function": {"name": name, "parameters": schema}
 
 @pytest.fixture(scope="module")
 def generate(smollm2_home):
-    stage = operations.load(get_pipeline("smollm2-135m-instruct"))
+    stage = operations.load(get_pipeline("smollm2-135m-instruct"), Phases())
     yield stage
     stage.close()
 

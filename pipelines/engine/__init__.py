@@ -1,7 +1,7 @@
 """The engine's interface: requests in, tokens out, one step at a time.
 
 An engine knows no Triton, no text and no clock but the one it is given. It is driven by one thread, which
-calls `submit`, `cancel` and `step`; `pipelines.generate` owns that thread. Ten lines drive one by hand:
+calls `submit`, `cancel`, `step`, `park` and `wake`; `pipelines.generate` owns that thread. Ten lines drive one by hand:
 
     engine = EchoEngine(Limits(context=8192, eos_ids=frozenset({2})))
     engine.submit(Request("a", [5, 6, 7], Sampling(max_tokens=3)))
@@ -116,9 +116,14 @@ class Counters:
 
 
 class Engine(Protocol):
-    """Continuous batching behind four calls. A `step` is: admit, forward, sample, emit, for all that run."""
+    """Continuous batching behind four calls. A `step` is: admit, forward, sample, emit, for all that run.
+
+    While nothing is in flight it can let go of its weights, and of all that it computed: `park`, until `wake`. Where
+    either fails it is as it was.
+    """
 
     counters: Counters
+    can_park: bool
     begun: Sequence[str]  # those whose prompts the last step took in without giving a token yet: long ones take several
 
     def submit(self, request: Request) -> None:
@@ -129,6 +134,12 @@ class Engine(Protocol):
 
     def step(self) -> list[Output]:
         """What one pass produced, at most one output for each request."""
+
+    def park(self) -> None:
+        """Let go of them. Nothing may be submitted then."""
+
+    def wake(self) -> None:
+        """Take them back: what it answers is what it would have answered."""
 
     @property
     def busy(self) -> bool:

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.compatible import CompatibleModel
+from pipelines.engine.compiled_skeleton import tensors_of
 from pipelines.engine.flat import FlatModel, Sample, rounds_inputs
+from pipelines.engine.parking import Parking
 from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
 from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, as_many, by_rectangle
 from pipelines.engine.slots import Unsupported, position_bytes
+from pipelines.pipeline import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,9 @@ class Forward(Protocol):
 
     def settle(self, running: Sequence[Row], kept: Mapping[int, int], capacity: int) -> None: ...
 
+    def clear(self) -> None:
+        """Give up all keys and values, while no row is running."""
+
 
 class BatchedEngine:
     """See `pipelines.engine.Engine`. `kv_bytes` bounds the cache; deadlines are on `clock`.
@@ -50,6 +56,7 @@ class BatchedEngine:
     """
 
     idle_s = 0.0
+    can_park = True
 
     def __init__(
         self,
@@ -91,6 +98,7 @@ class BatchedEngine:
         if model.device.type != "cpu":  # hundreds of tokens more are hardly a longer step, and memory is taken whole
             self._scheduler.beside, self._scheduler.alone = lambda decoding: max(512, decoding), 8192
             self._scheduler.charge = by_rectangle
+        self._parking = Parking(tensors_of(model).values(), cache_dir() / "parked")
         self._clock = clock
         self._numbers = itertools.count()
         self._refused: list[Output] = []
@@ -124,6 +132,14 @@ class BatchedEngine:
     def cancel(self, request_id: str) -> None:
         if request_id in self._in_flight:
             self._cancelled.add(request_id)
+
+    def park(self) -> None:
+        self._parking.park()
+        self._scheduler.forget()
+        self._forward.clear()
+
+    def wake(self) -> None:
+        self._parking.wake()
 
     @property
     def busy(self) -> bool:

@@ -18,7 +18,7 @@ from pipelines.engine.sight import tensors
 
 
 class CompatibleModel:
-    """The same four calls as `flat.FlatModel`. Prompts come whole, and nothing is shared."""
+    """The same calls as `flat.FlatModel`. Prompts come whole, and nothing is shared."""
 
     name = "compatible"
 
@@ -39,6 +39,9 @@ class CompatibleModel:
         """Between two steps: of those that ended nothing is left."""
         if len(self._states) > len(running):
             self._states = {row: self._states[row] for row in running if row in self._states}
+
+    def clear(self) -> None:
+        self._states.clear()
 
     def _next(self, row: Row) -> Tensor:
         ids = torch.tensor([row.tokens], device=self._model.device)

@@ -91,6 +91,8 @@ class EchoEngine:
     request one token.
     """
 
+    can_park = True  # it has nothing to let go of
+
     def __init__(
         self,
         limits: Limits,
@@ -125,6 +127,10 @@ class EchoEngine:
     def cancel(self, request_id: str) -> None:
         if request_id in self._in_flight:
             self._cancelled.add(request_id)
+
+    def park(self) -> None: ...
+
+    def wake(self) -> None: ...
 
     @property
     def busy(self) -> bool:

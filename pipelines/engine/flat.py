@@ -154,6 +154,11 @@ class FlatModel:
             lengths = {slot: row.computed for slot, row in enumerate(running)}
             self.cache.trim(lengths | dict(kept))
 
+    def clear(self) -> None:
+        self.cache.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
+
     def _attend_by(self, name: str) -> None:
         """Of a model with a half that sees, the half that reads."""
         model, text = self._model, self._model.config.get_text_config()

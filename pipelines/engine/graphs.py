@@ -52,7 +52,7 @@ class Graphs:
         nobodys = self._cache.spare(rows, span)
         self._cache.touch(positions)
         if self._cache.now.capacity != self._capacity:  # its tensors are others now
-            self._graphs.clear()
+            self.clear()
             self._capacity = self._cache.now.capacity
         graph = self._graphs.get((rows, span))
         if graph is None:
@@ -66,6 +66,11 @@ class Graphs:
             self._capture(graph, rows, span)
         graph.replay()
         return graph.logits[: len(tokens)]
+
+    def clear(self) -> None:
+        """The addresses that they were captured with are no longer those of the cache, or of the weights."""
+        self._graphs.clear()
+        self._capacity = (0, 0)
 
     def _made(self, rows: int) -> _Graph:
         ids, positions, places, slots = (torch.zeros(rows, dtype=torch.long, device=self._device) for _ in range(4))

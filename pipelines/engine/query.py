@@ -86,6 +86,8 @@ class _Job:
 class QueryEngine:
     """Requests wait by priority, then as they came. The thread that drives it and the one that asks share a lock."""
 
+    can_park = False  # what its code keeps beside the weights nobody knows
+
     def __init__(
         self, ask: Ask, spelling: Spelling, limits: Limits, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
@@ -121,6 +123,11 @@ class QueryEngine:
     def cancel(self, request_id: str) -> None:
         if request_id in self._jobs:
             self._cancelled.add(request_id)
+
+    def park(self) -> None:
+        raise OSError("a model that its own code runs cannot be parked")
+
+    def wake(self) -> None: ...
 
     @property
     def busy(self) -> bool:

@@ -1,0 +1,35 @@
+"""How long each part of a load takes, from the start of this process on: spawn, import, weights, warm_up.
+
+A process that runs a stage imports this first: what comes before is the spawn. Knows no stage.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+NAMES = ("spawn", "import", "weights", "warm_up")
+
+
+def _started() -> float:
+    """When the kernel started this process, on the monotonic clock, to a hundredth (proc(5): field 22)."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    return ticks / os.sysconf("SC_CLK_TCK") + time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+_began = time.monotonic()
+_spawned = max(0.0, _began - _started())
+
+
+class Phases:
+    """One load's, each ended by its name; what is between two ends belongs to the second."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(NAMES, 0.0) | {"spawn": _spawned}
+        self._at = _began
+
+    def end(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] += now - self._at
+        self._at = now
