@@ -37,6 +37,7 @@ from bench.report import json_line, median, table
 from pipelines.contracts import FEATURES, IMAGE, INPUT_IDS, PROMPT, model_name
 from pipelines.images.decode import open_picture
 from pipelines.pipeline import catalog_dirs, get_pipeline
+from pipelines.sources import pull
 
 PIPELINE = "shapes-vlm"
 SEES = 336  # pixels a side, of LLaVA-1.5's eyes
@@ -101,7 +102,7 @@ class Served:
 def served(folder: Path) -> Iterator[Served]:
     """The product with `shapes-vlm`, and two pipelines with LLaVA-1.5's processor and no model to wait for."""
     home = folder / "model"
-    seeing(get_pipeline(PIPELINE).home, home)
+    seeing(pull(get_pipeline(PIPELINE)), home)
     catalog = folder / "catalog"
     catalog.mkdir()
     for instances in (1, 2):

@@ -141,6 +141,18 @@ def test_a_file_that_is_cut_off_is_refused_wherever_it_is_cut(name):
         refused(data[: max(4, int(len(data) * part))])
 
 
+# A decoder makes nearly all of a large picture before it finds that the end is missing. (Of a BMP it makes nothing, it
+# copies; a TIFF has its directory, or what that points to, at its end.)
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(("BMP", "TIFF", "WebP"))])
+def test_a_file_without_its_end_is_refused_before_it_is_decoded(name):
+    data = FORMATS[name]()
+    open_picture(data, param=PARAM, max_pixels=MAX_PIXELS)
+    open_picture(data + b"what follows is nobody's", param=PARAM, max_pixels=MAX_PIXELS)
+    for part in (0.5, 0.9, 0.99):
+        with pytest.raises(StageError, match="cut off before its end"):
+            open_picture(data[: int(len(data) * part)], param=PARAM, max_pixels=MAX_PIXELS)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_that_is_cut_off_at_any_byte_of_its_header_is_refused(name):
     data = FORMATS[name]()

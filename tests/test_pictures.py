@@ -227,6 +227,7 @@ HOSTILE = {
     "cut off": picture()[:300],
     "no picture": b"<svg xmlns='http://www.w3.org/2000/svg'></svg>",
     "empty": b"",
+    "without pixels": encoded(Image.new("RGB", (4, 4)), "BMP").replace(bytes((4, 0, 0, 0)), bytes(4), 1),
     "a bomb": encoded(Image.new("1", (50_000, 50_000))),
     "a line": encoded(Image.new("RGB", (2000, 1))),
 }
@@ -248,6 +249,26 @@ def test_a_bad_picture_is_named_and_harms_nobody(seeing: Product, client: Any, n
     with triton_grpc.InferenceServerClient(seeing.grpc_url) as grpc:
         with pytest.raises(triton_grpc.InferenceServerException, match='"param": "image"'):
             grpc.infer("seeing-ensemble", [bytes_input("prompt", WORDS), image_input(HOSTILE[name])], client_timeout=60)
+
+
+HOSTILE_URLS = {
+    "of another type": f"data:image/png;base64,{base64.b64encode(picture()).decode()}".replace("png", "webp", 1),
+    "of no type for pictures": f"data:text/html;base64,{base64.b64encode(b'<html></html>').decode()}",
+    "not base64": "data:image/png;base64,%%%%",
+    "gigantic": f"data:image/png;base64,{'A' * (28 << 20)}",
+    "a file": "file:///etc/passwd",
+    "this machine": "http://127.0.0.1/a.png",
+    "the cloud's metadata": "http://169.254.169.254/latest/meta-data/",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_URLS)
+def test_a_bad_url_is_named(client: Any, name: str) -> None:
+    bad = {"type": "image_url", "image_url": {"url": HOSTILE_URLS[name]}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="seeing", messages=ask(part(picture()), bad))
+    assert (refused.value.code, refused.value.param) == ("invalid_image", "messages[0].content[1].image_url.url")
+    assert refused.value.param in refused.value.message
 
 
 def test_too_many_and_where_none_is_taken(client: Any) -> None:

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 import pipelines.shapes
+from pipelines.images.decode import open_picture
+from pipelines.images.processor import Processor
 from pipelines.shapes.drawing import COLUMNS, ROWS, Scene, Shape, draw, random_scene
 from pipelines.shapes.held_out import FORMS, Case, cases
 from pipelines.shapes.questions import HELLO, Asked, ask, where
@@ -150,6 +152,30 @@ def test_where_one_shape_is_asked_about_nearly_all_is_right(answers, asked, pict
 def test_without_a_picture_it_asks_for_one(answers):
     for question in ("Hello!", "Hi", "Who are you?"):
         assert answers([Case((), Asked(question, HELLO, "hello"), "text", False)], [[]]) == [HELLO]
+
+
+def test_what_is_decoded_smaller_is_answered_alike(answers, asked, pictures):
+    """A JPEG as the preprocess stage decodes it: the held-out ones at half their size, photographs at an eighth."""
+    least = Processor.load(MODEL).least_side
+    rng, photographs = random.Random(11), []
+    for _ in range(8):
+        file, scene = io.BytesIO(), random_scene(rng, 1800, 1350)
+        draw(scene).save(file, "JPEG", quality=85)
+        photographs.append(Case((file.getvalue(),), ask(rng, [scene]), "jpeg", False))
+    chosen, before, after, reductions = [], [], [], set()
+    every = [*pictures, *[[decode(case.pictures[0])] for case in photographs]]
+    for case, whole in zip([*asked, *photographs], every, strict=True):
+        smaller = [open_picture(file, param="", max_pixels=10**7).decode(least) for file in case.pictures]
+        by = {one.width // other.width for one, other in zip(whole, smaller, strict=True)}
+        if by - {1}:
+            chosen.append(case)
+            before.append(whole)
+            after.append(smaller)
+            reductions |= by - {1}
+    assert len(chosen) > 200
+    assert reductions == {2, 8}
+    said = zip(answers(chosen, before), answers(chosen, after), strict=True)
+    assert np.mean([one == other for one, other in said]) > 0.99
 
 
 # --- what is done wrong on the way shows

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,47 @@ NAME = "shapes-vlm"
 KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"))
 
 
+class Gallery(ThreadingHTTPServer):
+    """Has the pictures that are hung in it, by their paths."""
+
+    def __init__(self) -> None:
+        self.hung: dict[str, bytes] = {}
+        super().__init__(("127.0.0.1", 0), Visit)
+
+    def hang(self, data: bytes) -> str:
+        """Its URL."""
+        path = f"/{len(self.hung)}"
+        self.hung[path] = data
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Visit(BaseHTTPRequestHandler):
+    server: Gallery
+
+    def do_GET(self) -> None:
+        data = self.server.hung[self.path]
+        self.send_response(200)
+        self.send_header("content-type", "image/jpeg")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
-    product = Product(tmp_path_factory.mktemp("shapes"), NAME)
+def gallery() -> Iterator[Gallery]:
+    with Gallery() as gallery:
+        threading.Thread(target=gallery.serve_forever, daemon=True).start()
+        yield gallery
+        gallery.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, gallery: Gallery) -> Iterator[Product]:
+    env = {"TRIPTYCH_IMAGE_HOSTS": f"127.0.0.1:{gallery.server_port}"}
+    product = Product(tmp_path_factory.mktemp("shapes"), NAME, env=env)
     try:
         yield product.wait_ready()
     finally:
@@ -95,6 +135,24 @@ def test_streamed_they_are_the_same(client: Any, asked: list[Case], wanted: list
 
     with ThreadPoolExecutor(16) as pool:
         assert differing(list(pool.map(answer, asked)), wanted, asked) == []
+
+
+def test_pictures_are_fetched_from_hosts_on_the_list_only(
+    client: Any, gallery: Gallery, asked: list[Case], wanted: list[str]
+) -> None:
+    """Two pictures at once where there are two. The setting is the gateway's; what reads it is two processes below."""
+    chosen = [pair for pair in zip(asked, wanted, strict=True) if not pair[0].question_first]
+    for case, answer in sorted(chosen, key=lambda pair: -len(pair[0].pictures))[:8]:
+        content = [{"type": "image_url", "image_url": {"url": gallery.hang(file)}} for file in case.pictures]
+        content.append({"type": "text", "text": case.asked.question})
+        found = client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": content}], temperature=0
+        )
+        assert found.choices[0].message.content == answer
+    content[0] = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/0"}}
+    with pytest.raises(openai.BadRequestError, match="not on this server's list") as refused:
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": content}])
+    assert refused.value.param == "messages[0].content[0].image_url.url"
 
 
 def test_the_ensemble_takes_a_picture_beside_a_prompt(served: Product, asked: list[Case], wanted: list[str]) -> None:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import struct
 
-from pipelines.images.header import Header, Unreadable, cut_off
+from pipelines.images.header import Header, Unreadable, cut_off, endless
 
 _MAX_BLOCKS = 1 << 16
+_MAX_PIXEL_BLOCKS = 1 << 17  # of 255 bytes each, but for the last: more than are taken by default
 _EXTENSION, _FRAME, _END = 0x21, 0x2C, 0x3B
 _CONTROL = 0xF9  # the extension with the transparent colour
 
@@ -45,12 +46,26 @@ def _header(data: bytes) -> Header:
     left, top, across, down = struct.unpack_from("<HHHH", data, position + 1)
     if not across or not down:
         raise Unreadable("has a frame without pixels")
+    if not _ends(data, position + 11 + _palette_bytes(data[position + 9])):
+        raise endless()
     return Header(
         "GIF",
         (max(width, left + across), max(height, top + down)),
         data[:start] + control + data[position:],
         frame=(left, top, left + across, top + down),
     )
+
+
+def _ends(data: bytes, position: int) -> bool:
+    """Whether the blocks of coded pixels have one that ends them, as far as it is worth to look."""
+    try:
+        for _ in range(_MAX_PIXEL_BLOCKS):
+            if not data[position]:
+                break
+            position += 1 + data[position]
+    except IndexError:
+        return False
+    return True
 
 
 def _palette_bytes(flags: int) -> int:

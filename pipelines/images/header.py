@@ -34,3 +34,8 @@ class Header:
 
 def cut_off() -> Unreadable:
     return Unreadable("is cut off in its header")
+
+
+def endless() -> Unreadable:
+    """Where a reader sees that the end is missing: a decoder would make most of the pixels before it says so."""
+    return Unreadable("is cut off before its end")

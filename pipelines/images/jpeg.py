@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipelines.images.header import MAX_PROFILE_BYTES, WHOLE, Header, Unreadable, cut_off
+from pipelines.images.header import MAX_PROFILE_BYTES, WHOLE, Header, Unreadable, cut_off, endless
 from pipelines.images.tiff import orientation_of
 
 _NOT_FILL = re.compile(rb"[^\xff]")
@@ -18,6 +18,7 @@ _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDD))
 _ALONE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # no length follows
 _SCAN, _END = 0xDA, 0xD9
+_END_MARKER = b"\xff\xd9"  # coded pixels hold no such bytes
 
 
 def header(data: bytes) -> Header:
@@ -50,6 +51,8 @@ def header(data: bytes) -> Header:
         raise cut_off()
     if body[0] != 8:
         raise Unreadable(f"has {body[0]} bits a sample; JPEG is taken with 8")
+    if data.find(_END_MARKER, start) < 0:
+        raise endless()
     height, width, layers = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big"), body[5]
     kept.append(b"\xff\xda")
     kept.append(memoryview(data)[start:])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 import zlib
 
-from pipelines.images.header import MAX_PROFILE_BYTES, WHOLE, Header, Unreadable, cut_off
+from pipelines.images.header import MAX_PROFILE_BYTES, WHOLE, Header, Unreadable, cut_off, endless
 from pipelines.images.tiff import orientation_of
 
 _MAX_CHUNKS = 1 << 16
@@ -28,7 +28,7 @@ def header(data: bytes) -> Header:
     kept, start, position = [view[:8]], 8, 8  # `start`: of the run of chunks that are kept
     for _ in range(_MAX_CHUNKS):
         if position + 8 > len(data):
-            break
+            raise endless()
         length, kind = _CHUNK.unpack_from(data, position)
         end = position + 12 + length
         if kind not in _KEPT and not (kind == _TRANSPARENT and colour == _PALETTE):

@@ -39,12 +39,13 @@ class Vision:
     question: Callable[[Sequence[Mapping[str, object]], object], str] | None = None
     check_sampling: Callable[[Sampling], None] | None = None
     # More at once than there are cores only take turns; fetching, and waiting for memory, is not of this.
-    _cores: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(os.cpu_count() or 1))
+    cores: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(os.cpu_count() or 1))
 
     @classmethod
     def load(cls, pipeline: Pipeline) -> Vision:
-        """The gate's memory is the pipeline's: each of its processes has a share."""
+        """The gate's memory is the pipeline's, and the cores are the machine's: each of its processes has a share."""
         gate = Gate((pipeline.image_memory_mb << 20) // pipeline.preprocess_instances)
+        cores = threading.Semaphore(max(1, (os.cpu_count() or 1) // pipeline.preprocess_instances))
         asked = pipeline.engine == "query"
         processor = RawProcessor.load(pipeline.home) if asked else Processor.load(pipeline.home)
         reader = Reader(
@@ -55,15 +56,15 @@ class Vision:
             check_shape=None if asked else check_shape,
         )
         if asked:
-            return cls(reader, processor, pipeline.max_images, question, check_sampling)
-        return cls(reader, processor, pipeline.max_images)
+            return cls(reader, processor, pipeline.max_images, question, check_sampling, cores)
+        return cls(reader, processor, pipeline.max_images, cores=cores)
 
     def read(self, rendered: str, sources: Sequence[Source], stage: Timing, *, param: str) -> Seen:
         """`param` is what errors name that are of no one picture."""
         if not sources:
             with stage("tokenize"):
                 return Seen(*self.processor.run(rendered, [], param=param), [])
-        with self.reader.admitted(sources, stage) as admitted, self._cores:
+        with self.reader.admitted(sources, stage) as admitted, self.cores:
             pictures = admitted.decoded(stage)
             with stage("tokenize") as span:
                 input_ids, features = self.processor.run(rendered, pictures, param=param)
