@@ -30,6 +30,7 @@ from pipelines.messages import check_count, image_parts
 from pipelines.terms import Terms
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+TRACE_HEADER = "x-triptych-trace"
 _LARGE_BODY = 1024 * 1024
 _TRACED_CHOICES = 2  # whose stages are in the trace: with all of them it would not fit on a screen
 _PROCESS = os.urandom(4).hex()
@@ -82,12 +83,14 @@ class Generation:
     ) -> None:
         state = state_of(scope)
         admission = state["admission"]
+        deep = _is_deep(scope)
         with report.admission(admission.depth):
             await admission.acquire(request.choices, deadline.left_s())
         try:
             head = protocol.new_head(self.operation, request.model, stream=request.stream)
             with report.generation(request, head.id) as span:
-                submissions = self._submissions(request, deadline.left(), report.request_id, span.traceparent)
+                terms, parent = deadline.left(), span.traceparent
+                submissions = self._submissions(request, terms, report.request_id, parent, deep=deep)
                 deltas = report.heard(await _submit(state["backend"], submissions))
                 try:
                     choices = self._choices(request, state["formats"].of(state["backend"].pipelines()[request.model]))
@@ -102,7 +105,7 @@ class Generation:
             admission.release(request.choices)
 
     def _submissions(
-        self, request: GenerationRequest, terms: Terms, request_id: str, traceparent: str | None
+        self, request: GenerationRequest, terms: Terms, request_id: str, traceparent: str | None, *, deep: bool
     ) -> list[Submission]:
         return [
             Submission(
@@ -113,6 +116,7 @@ class Generation:
                 sampling=sampling.to_json(),
                 traceparent=traceparent if index < _TRACED_CHOICES else None,
                 terms=terms,
+                deep=deep,
             )
             for index, (inputs, sampling) in enumerate(request.asked())
         ]
@@ -217,6 +221,14 @@ def _timeout_ms(scope: Scope, most: int) -> int | None:
             f"The header {TIMEOUT_HEADER} must be a number of milliseconds, 1 or more.", param=TIMEOUT_HEADER
         )
     return min(int(text[:20]), most)
+
+
+def _is_deep(scope: Scope) -> bool:
+    """Whether Triton's own spans shall be in the trace."""
+    asked = header(scope, TRACE_HEADER.encode())
+    if asked not in ("", "deep"):
+        raise StageError(f"The header {TRACE_HEADER} can only say 'deep'.", param=TRACE_HEADER)
+    return bool(asked) or state_of(scope)["settings"].trace_deep == 1
 
 
 def model_not_found(name: str) -> ApiError:

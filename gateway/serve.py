@@ -56,6 +56,7 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     triton = _triton(settings, pipelines)
     log_lines = Follower(triton.log_file)
     kept = Kept(settings)
+    triton.spans_url = kept.triton_spans_url
     # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -24,6 +24,7 @@ from typing import Any
 
 import tritonclient.grpc
 
+from observability import triton_spans
 from pipelines.pipeline import cache_dir
 
 _SHM = Path("/dev/shm")
@@ -75,6 +76,7 @@ class Triton:
         self.grpc_port = grpc_port
         self.http_port, self.metrics_port = grpc_port - 1, grpc_port + 1
         self.log_file = log_file
+        self.spans_url = ""  # where it shall post its own spans
         self._repositories = repositories
         self._load = load
         self._models = models
@@ -115,7 +117,7 @@ class Triton:
             "stub-timeout-seconds=300",
         ):
             command += [f"--backend-config=python,{setting}"]
-        return command
+        return command + (triton_spans.arguments(self.spans_url) if self.spans_url else [])
 
     @property
     def pid(self) -> int:
