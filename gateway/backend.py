@@ -30,6 +30,7 @@ class Submission:
     sampling: str  # Sampling.to_json()
     traceparent: str | None
     terms: Terms = terms.DEFAULT
+    deep: bool = False  # whether Triton's own spans shall be in the trace
 
 
 class Delta(NamedTuple):

@@ -33,6 +33,7 @@ from pipelines.messages import check_count, image_parts
 from pipelines.terms import Terms
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+TRACE_HEADER = "x-triptych-trace"
 _LARGE_BODY = 1024 * 1024
 _TRACED_CHOICES = 2  # whose stages are in the trace: with all of them it would not fit on a screen
 _PROCESS = os.urandom(4).hex()
@@ -103,7 +104,7 @@ class Generation:
         send: Opened,
     ) -> None:
         state = state_of(scope)
-        lifecycle = state["lifecycle"]
+        lifecycle, deep = state["lifecycle"], _is_deep(scope)
         place = Place(
             request=f"{report.request_id}.{_PROCESS}{next(_COUNT):x}",
             pipeline=request.model,
@@ -120,7 +121,8 @@ class Generation:
         try:
             head = protocol.new_head(self.operation, request.model, stream=request.stream)
             with report.generation(request, head.id) as span:
-                submissions = self._submissions(request, deadline.left(), report.request_id, span.traceparent)
+                terms, parent = deadline.left(), span.traceparent
+                submissions = self._submissions(request, terms, report.request_id, parent, deep=deep)
                 deltas = report.heard(await _submit(state["backend"], submissions))
                 try:
                     choices = self._choices(request, state["formats"].of(state["backend"].pipelines()[request.model]))
@@ -135,7 +137,7 @@ class Generation:
             lifecycle.finish(place)
 
     def _submissions(
-        self, request: GenerationRequest, terms: Terms, request_id: str, traceparent: str | None
+        self, request: GenerationRequest, terms: Terms, request_id: str, traceparent: str | None, *, deep: bool
     ) -> list[Submission]:
         return [
             Submission(
@@ -146,6 +148,7 @@ class Generation:
                 sampling=sampling.to_json(),
                 traceparent=traceparent if index < _TRACED_CHOICES else None,
                 terms=terms,
+                deep=deep,
             )
             for index, (inputs, sampling) in enumerate(request.asked())
         ]
@@ -253,6 +256,14 @@ def _timeout_ms(scope: Scope, most: int) -> int | None:
             f"The header {TIMEOUT_HEADER} must be a number of milliseconds, 1 or more.", param=TIMEOUT_HEADER
         )
     return min(int(text[:20]), most)
+
+
+def _is_deep(scope: Scope) -> bool:
+    """Whether Triton's own spans shall be in the trace."""
+    asked = header(scope, TRACE_HEADER.encode())
+    if asked not in ("", "deep"):
+        raise StageError(f"The header {TRACE_HEADER} can only say 'deep'.", param=TRACE_HEADER)
+    return bool(asked) or state_of(scope)["settings"].trace_deep == 1
 
 
 def model_not_found(name: str) -> ApiError:

@@ -14,6 +14,7 @@ from observability import tracing
 from observability.handover import Receiver, socket_path
 from observability.keeping import Traces
 from observability.ring import Ring
+from observability.triton_spans import TritonSpans
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Kept:
     def __init__(self, settings: Settings) -> None:
         self.traces: Traces | None = None
         self._receiver: Receiver | None = None
+        self._triton_spans: TritonSpans | None = None
         off = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
         given = os.environ.pop(tracing.SOCKET, "")  # for the stages below, if anything is kept
         if settings.trace_ring and not off:
@@ -36,7 +38,14 @@ class Kept:
         if self._receiver:
             self._receiver.close()
             os.environ.pop(tracing.SOCKET, None)
+        if self._triton_spans:
+            self._triton_spans.close()
         tracing.shutdown()
+
+    @property
+    def triton_spans_url(self) -> str:
+        """Where Triton's own spans are taken; "" if they are not."""
+        return self._triton_spans.url if self._triton_spans else ""
 
     def _receive(self, given: str, port: int) -> None:
         assert self.traces
@@ -49,3 +58,4 @@ class Kept:
             log.warning("the stages' spans are not kept in memory, only the gateway's: %s", error)
             return
         os.environ[tracing.SOCKET] = path  # Triton inherits it
+        self._triton_spans = TritonSpans(tracing.named("triptych-triton"), self.traces.adopt)

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
+from gateway.alone import alone
 from gateway.backend import Delta, Submission
 from gateway.infer_request import request_bytes
 from observability import metrics
@@ -147,6 +148,7 @@ class Lane:
         self._model = contracts.model_name(pipeline.name, "orchestrator")
         self._listener = f"gateway-{os.getpid()}-{os.urandom(4).hex()}"
         self._streams: dict[str, LaneStream] = {}
+        self._alone: dict[str, asyncio.Task[None]] = {}  # by id: submissions under way on streams of their own
         self._out: asyncio.Queue[Any] = asyncio.Queue()
         self._heard = 0.0
         self._opened = asyncio.Event()
@@ -169,8 +171,29 @@ class Lane:
         if submission.traceparent:
             parameters["traceparent"] = submission.traceparent
         inputs = {**submission.inputs, contracts.SAMPLING.name: submission.sampling}
-        self._send(submission.id, {**parameters, **submission.terms.parameters()}, inputs)
+        request = request_bytes(self._model, submission.id, {**parameters, **submission.terms.parameters()}, inputs)
+        if submission.deep and submission.traceparent:
+            self._submit_alone(stream, request, submission.traceparent)
+        else:
+            self._out.put_nowait(request)
         return stream
+
+    def _submit_alone(self, stream: LaneStream, request: bytes, traceparent: str) -> None:
+        """On a stream that has the header: Triton reads it once a stream, and traces every request on that. What the
+        request then brings comes on the lane, as everybody's."""
+
+        async def submit() -> None:
+            try:
+                await alone(
+                    self._infer, request, timeout_s=self._accept_timeout_s, headers=(("traceparent", traceparent),)
+                )
+            except StageError as error:
+                if self._streams.pop(stream.id, None):
+                    stream.fail(error)
+            finally:
+                del self._alone[stream.id]
+
+        self._alone[stream.id] = asyncio.create_task(submit(), name=f"submission of {stream.id}")
 
     async def run(self) -> None:
         """Until closed: connect, and connect again when the lane has died."""
@@ -235,6 +258,9 @@ class Lane:
 
     def _cancel(self, id: str) -> None:
         self._streams.pop(id, None)
+        if submission := self._alone.get(id):  # the cancel must not come before it, by another stream
+            submission.add_done_callback(lambda _: self._cancel(id))
+            return
         self._send("", {"listener": self._listener, contracts.OPERATION: "cancel", "id": id})
 
     def _send(

@@ -65,6 +65,7 @@ def serve(settings: Settings, catalog: Catalog, first: Sequence[str]) -> int:
     triton = Triton(emptied(cache_dir() / "model_repository" / str(port)), grpc_port=port, log_file=log_file)
     log_lines = Follower(log_file)
     kept = Kept(settings)
+    triton.spans_url = kept.triton_spans_url
     # Until uvicorn takes the signals over, one of them is an exit like any other: Triton is stopped on the way out.
     previous = {number: signal.signal(number, _exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -23,6 +23,7 @@ from typing import Any
 
 import tritonclient.grpc
 
+from observability import triton_spans
 from pipelines.pipeline import cache_dir
 
 _SHM = Path("/dev/shm")
@@ -67,6 +68,7 @@ class Triton:
         self.http_port, self.metrics_port = grpc_port - 1, grpc_port + 1
         self.log_file = log_file
         self.repository = repository
+        self.spans_url = ""  # where it shall post its own spans
         self._process: subprocess.Popen[bytes] | None = None
         self._shm = f"{_SHM_PREFIX}{os.getpid()}-{grpc_port}-"
 
@@ -103,7 +105,7 @@ class Triton:
             "stub-timeout-seconds=300",
         ):
             command += [f"--backend-config=python,{setting}"]
-        return command
+        return command + (triton_spans.arguments(self.spans_url) if self.spans_url else [])
 
     @property
     def pid(self) -> int:

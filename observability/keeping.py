@@ -18,6 +18,8 @@ from observability.spans import SpanData, decode, encode
 # What a request passes through, in the order in which it does: names of spans, and of times in Server-Timing.
 STAGES = ("admission", "preprocess", "queue", "prefill", "decode", "postprocess")
 
+TRITON = "triton "  # begins the names of Triton's own spans: its models have the stages' names
+
 PER_TOKEN = "decode per token"  # beside them: an answer that is long is not slow
 
 RECENT = 200  # requests of a pipeline that its p95 is of
@@ -61,13 +63,21 @@ class Traces:
         if self.ring.add(trace_id, held) and not sampled:
             self._export(decode(encoded, service))
 
+    def adopt(self, span: SpanData) -> None:
+        """A span of a process that exports none itself, and does not know what is sampled: it is if others of its trace
+        are, which may be known only when the request ends."""
+        sampled = any(held.sampled for held in self.ring.spans(span.trace_id))
+        if sampled:
+            self._export(span)
+        self.take(span.trace_id, span.service, sampled, encode(replace(span, sampled=sampled)))
+
     def end(self, request: Ended, *, sampled: bool, failed: bool, cancelled: bool) -> Ended:
         """A request has ended; answers it with why its trace is kept."""
         bad = "failed" if failed else "cancelled" if cancelled else ""
         kept = bad or ("slow" if self._is_slow(request, good=not bad and request.status < 400) else "")
         request = replace(request, kept=kept or ("sampled" if sampled else ""))
         self.ring.end(request)
-        if kept and not sampled:
+        if request.kept:
             for held in self.ring.claim(request.trace_id):
                 if not held.sampled:
                     self._export(decode(held.encoded, held.service))

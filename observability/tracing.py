@@ -169,7 +169,7 @@ def configure(service_name: str, collect: Collect | None = None) -> bool:
     environ = os.environ
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
-    service = _named(service_name)
+    service = named(service_name)
     close: Callable[[], object] | None = None
     if collect is None and (path := environ.get(SOCKET)):
         from observability import handover
@@ -292,7 +292,7 @@ def _parse(traceparent: str) -> tuple[str, str, bool] | None:
     return match[2], match[3], bool(int(match[4], 16) & 1)
 
 
-def _named(service_name: str) -> str:
+def named(service_name: str) -> str:
     """The user's own name (OTEL_SERVICE_NAME) replaces "triptych", and a stage keeps its suffix."""
     own = os.environ.get("OTEL_SERVICE_NAME", "").strip()
     for pair in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(","):

@@ -58,6 +58,30 @@ def test_a_sampled_trace_is_exported_by_those_who_end_its_spans(traces, exported
     assert exported == []
 
 
+def test_what_triton_traced_is_exported_if_the_trace_is_sampled(traces, exported):
+    """It exports to nobody else, and knows not whether it should."""
+    tritons = [span(f"triton {number}", 0, 1) for number in range(3)]
+    others = [replace(one, sampled=True) for one in request()]
+    traces.adopt(tritons[0])  # before any of the others is there
+    assert exported == []
+    for one in others:
+        traces.collect(one)
+    traces.adopt(tritons[1])
+    assert exported == [tritons[1]]
+    assert end(traces, sampled=True) == "sampled"
+    traces.adopt(tritons[2])
+    assert sorted(one.name for one in exported) == ["triton 0", "triton 1", "triton 2"]
+
+
+def test_what_triton_traced_of_an_unsampled_trace_is_kept_alone(traces, exported):
+    for one in request():
+        traces.collect(replace(one, sampled=False))
+    traces.adopt(span("triton compute", 0, 1))
+    assert end(traces) == ""
+    assert exported == []
+    assert len(traces.ring.spans(TRACE)) == len(request()) + 1
+
+
 def test_slow_is_over_the_p95_of_enough_good_requests(traces):
     for number in range(ENOUGH):
         assert end(traces, duration_ms=10.0 + number % 10) == ""

@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from observability.completeness import check
+from observability.spans import read_document
 from tests.orchestrator_call import OrchestratorCall
 from tests.otlp_receiver import ReceivedSpan, Receiver
-from tests.product import Product
+from tests.product import Product, wait_for
 from tests.test_stack import ask
 
 STAGES = {"preprocess", "render", "tokenize", "generate", "queue", "prefill", "decode", "postprocess"}
+
+
+TRITONS = {"triton InferRequest", "triton echo-orchestrator", "triton compute"}
+
+
+@pytest.fixture
+def own_traced(tmp_path: Path, catalog: Path, otlp: Receiver) -> Iterator[Product]:
+    """Whose requests are all this test's: the shared product's have a 95th percentile, which one in twenty is over."""
+    env = {"TRIPTYCH_CATALOG": str(catalog), "OTEL_EXPORTER_OTLP_ENDPOINT": otlp.endpoint}
+    product = Product(tmp_path, "echo-small", env={**env, "OTEL_BSP_SCHEDULE_DELAY": "100"})
+    try:
+        yield product.wait_ready()
+    finally:
+        product.stop()
 
 
 def new_trace() -> tuple[str, str, str]:
@@ -115,18 +132,72 @@ def test_a_direct_orchestrator_call_is_traced(product: Product, otlp: Receiver) 
     assert {span.name for span in spans if span.parent_id == span_id} == {"preprocess", "generate", "postprocess"}
 
 
-def test_an_unsampled_request_leaves_no_span(product: Product, otlp: Receiver) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deep_trace_has_tritons_own_spans(product: Product, otlp: Receiver, stream: bool) -> None:
+    trace_id, span_id, traceparent = new_trace()
+    body = {"model": "echo", "messages": ask("Hi there"), "max_tokens": 20, "stream": stream}
+    headers = {"traceparent": traceparent, "x-triptych-trace": "deep", "x-request-id": f"deep-{stream}"}
+    answer = httpx.post(f"{product.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200
+    expect = STAGES | TRITONS | {"admission", "chat echo"}
+    root = otlp.tree(trace_id, expect=expect, remote_parent=span_id, timeout=10)
+    request = root.find("chat echo").find("triton InferRequest")
+    assert request in root.find("chat echo").children
+    assert [child.name for child in request.children] == ["triton echo-orchestrator"]
+    assert {span.service for span in request.walk()} == {"triptych-triton"}
+    kept = read_document(httpx.get(f"{product.url}/admin/traces/deep-{stream}").content)
+    assert check(kept, expect=expect, remote_parent=span_id) == []
+
+
+def test_a_deep_request_that_is_cancelled_stops_the_engine(product: Product, otlp: Receiver) -> None:
+    """The cancel goes by another stream than the submission went."""
     trace_id, _, traceparent = new_trace()
-    body = {"model": "echo", "messages": ask("Hi"), "max_tokens": 3}
-    unsampled = traceparent[:-2] + "00"
-    assert (
-        httpx.post(f"{product.url}/v1/chat/completions", json=body, headers={"traceparent": unsampled}).status_code
-        == 200
-    )
+    before = product.counters("echo-slow-generate")
+    body = {"model": "echo-slow", "messages": ask("Hi there"), "max_tokens": 5000, "stream": True}
+    headers = {"traceparent": traceparent, "x-triptych-trace": "deep"}
+    with httpx.stream("POST", f"{product.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as stream:
+        next(stream.iter_lines())
+    wait_for(lambda: product.counters("echo-slow-generate")["cancelled"] == before["cancelled"] + 1, 10)
+    expect = (STAGES | {"triton InferRequest"}) - {"postprocess"}
+    otlp.spans_of(trace_id, timeout=10, count=len(expect))
+
+
+def test_a_refused_deep_request_is_refused_as_any_other(product: Product) -> None:
+    url, deep = f"{product.url}/v1/chat/completions", {"x-triptych-trace": "deep"}
+    body = {"model": "echo-small", "messages": ask("word " * 100)}
+    answers = [httpx.post(url, json=body, headers=headers).json()["error"] for headers in ({}, deep)]
+    assert answers[0] == answers[1]
+    unknown = httpx.post(url, json=body, headers={"x-triptych-trace": "deeper"})
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "x-triptych-trace")
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_tritons_spans_join_a_direct_call_that_has_the_header(product: Product, otlp: Receiver, deep: bool) -> None:
+    """By the request parameter alone the trace is the stages'."""
+    trace_id, span_id, traceparent = new_trace()
+    inputs = {"prompt": "Hi there", "sampling": '{"max_tokens": 5}'}
+    told = {"traceparent": traceparent}
+    product.infer("echo-ensemble", inputs, **({"headers": told} if deep else {"parameters": told}))
+    steps = [f"triton echo-{stage}" for stage in ("ensemble", "preprocess", "generate", "postprocess")]
+    tritons = ["triton InferRequest", *steps, *["triton compute"] * 3] if deep else []
+    spans = otlp.spans_of(trace_id, timeout=10, count=len(STAGES) + len(tritons))
+    assert sorted(span.name for span in spans) == sorted([*STAGES, *tritons])
+    top = {span.name for span in spans if span.parent_id == span_id}
+    assert top == {"preprocess", "generate", "postprocess"} | set(tritons[:1])
+
+
+def test_an_unsampled_request_leaves_no_span(own_traced: Product, otlp: Receiver) -> None:
+    """Its pipeline has too few requests behind it to call this one slow, for which it would be exported."""
+    trace_id, _, traceparent = new_trace()
+    body = {"model": "echo-small", "messages": ask("Hi"), "max_tokens": 3}
+    url, unsampled = f"{own_traced.url}/v1/chat/completions", traceparent[:-2] + "00"
+    assert httpx.post(url, json=body, headers={"traceparent": unsampled}).status_code == 200
     sampled_id, sampled_span, sampled = new_trace()
-    httpx.post(f"{product.url}/v1/chat/completions", json=body, headers={"traceparent": sampled})
+    httpx.post(url, json=body, headers={"traceparent": sampled})
     otlp.tree(sampled_id, expect=STAGES, remote_parent=sampled_span, timeout=10)  # by now the first one's would be here
     assert [span for span in otlp.spans() if span.trace_id == trace_id] == []
+    kept = {trace["id"]: trace["kept"] for trace in httpx.get(f"{own_traced.url}/admin/traces").json()["data"]}
+    assert kept == {trace_id: "recent", sampled_id: "sampled"}
 
 
 def test_tracing_off_costs_no_import(own_product: Product) -> None:
