@@ -31,7 +31,7 @@ class Result:
 
     error: str | None = None
     status: int = 0
-    retry_after: str = ""  # the header of a refusal
+    headers: dict[str, str] = field(default_factory=dict)  # of the response, by their names in lower case
     done: bool = False  # [DONE] was sent
     text: list[str] | None = None  # the content, piece by piece, where it is kept
     events: int = 0  # with content
@@ -186,14 +186,12 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._result.status = self._parser.get_status_code()
+        self._streaming = self._result.headers.get("content-type", "").startswith("text/event-stream")
         if not self._parser.should_keep_alive():
             self.closed = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type" and value.startswith(b"text/event-stream"):
-            self._streaming = True
-        elif name.lower() == b"retry-after":
-            self._result.retry_after = value.decode("latin-1")
+        self._result.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
