@@ -98,8 +98,8 @@ class Client:
         except OSError as error:
             result.error = f"connect: {type(error).__name__}"
         result.ended = time.perf_counter()
-        if result.error or leave_after is not None:
-            self.close()
+        if leave_after is not None or not (self._connection and self._connection.whole):
+            self.close()  # but for a refusal, which is an answer like any other
         return result
 
     async def _exchange(self, request: bytes, result: Result, leave_after: int | None) -> None:
@@ -131,7 +131,7 @@ class _Connection(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
         self._leave_after: int | None = None
         self._streaming = False
-        self._finished = False  # the whole response was read
+        self.whole = False  # the whole response was read
         self._body: list[bytes] = []
         self._tail = b""
 
@@ -141,7 +141,7 @@ class _Connection(asyncio.Protocol):
         self._leave_after = leave_after
         self._parser = httptools.HttpResponseParser(self)
         self._streaming = False
-        self._finished = False
+        self.whole = False
         self._body.clear()
         self._tail = b""
         self.unanswered = False
@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
             return
         if self._streaming and self._body:
             self._events(time.perf_counter())
-        if self._finished:
+        if self.whole:
             self._complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -197,7 +197,7 @@ class _Connection(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        self._finished = True
+        self.whole = True
 
     # what is in a body
 
