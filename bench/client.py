@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ import orjson
 _CONTENT = (b'"content":"', b'"text":"')
 _EMPTY = (b'"content":""', b'"text":""')
 _FINISH = b'"finish_reason":"'
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -29,6 +31,9 @@ class Result:
 
     error: str | None = None
     status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)  # of the response, by their names in lower case
+    done: bool = False  # [DONE] was sent
+    text: list[str] | None = None  # the content, piece by piece, where it is kept
     events: int = 0  # with content
     tokens: int | None = None  # by the server's own count, if it sent one
     prompt_tokens: int | None = None
@@ -55,12 +60,13 @@ class Endpoint:
         self._host = parts.netloc.rpartition("@")[2]
         self._authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
-    def request(self, path: str, body: Mapping[str, Any]) -> bytes:
+    def request(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] = _NONE) -> bytes:
         """The bytes of one POST."""
         content = orjson.dumps(body)
+        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = (
             f"POST {self._base}{path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
-            f"{self._authorization}Content-Length: {len(content)}\r\n\r\n"
+            f"{self._authorization}{more}Content-Length: {len(content)}\r\n\r\n"
         )
         return head.encode() + content
 
@@ -73,11 +79,18 @@ class Client:
         self._connection: _Connection | None = None
 
     async def post(
-        self, path: str, body: Mapping[str, Any], *, timeout: float = 60, leave_after: int | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        timeout: float = 60,
+        leave_after: int | None = None,
+        headers: Mapping[str, str] = _NONE,
+        keep_text: bool = False,
     ) -> Result:
         """Sends one request and reads its answer; `leave_after` hangs up after so many events, on purpose."""
-        request = self._endpoint.request(path, body)
-        result = Result(started=time.perf_counter())
+        request = self._endpoint.request(path, body, headers)
+        result = Result(text=[] if keep_text else None, started=time.perf_counter())
         try:
             await asyncio.wait_for(self._exchange(request, result, leave_after), timeout)
         except asyncio.TimeoutError:
@@ -85,8 +98,8 @@ class Client:
         except OSError as error:
             result.error = f"connect: {type(error).__name__}"
         result.ended = time.perf_counter()
-        if result.error or leave_after is not None:
-            self.close()
+        if leave_after is not None or not (self._connection and self._connection.whole):
+            self.close()  # but for a refusal, which is an answer like any other
         return result
 
     async def _exchange(self, request: bytes, result: Result, leave_after: int | None) -> None:
@@ -118,8 +131,7 @@ class _Connection(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
         self._leave_after: int | None = None
         self._streaming = False
-        self._finished = False  # the whole response was read
-        self._saw_done = False
+        self.whole = False  # the whole response was read
         self._body: list[bytes] = []
         self._tail = b""
 
@@ -129,7 +141,7 @@ class _Connection(asyncio.Protocol):
         self._leave_after = leave_after
         self._parser = httptools.HttpResponseParser(self)
         self._streaming = False
-        self._finished = self._saw_done = False
+        self.whole = False
         self._body.clear()
         self._tail = b""
         self.unanswered = False
@@ -160,31 +172,32 @@ class _Connection(asyncio.Protocol):
             return
         if self._streaming and self._body:
             self._events(time.perf_counter())
-        if self._finished:
+        if self.whole:
             self._complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         if self._done is not None:
             self.unanswered = self._result.status == 0
-            self._end(None if self._saw_done else "closed early")  # a body may end with its connection
+            done = self._result.done  # a body may end with its connection
+            self._end(self._result.error or (None if done else "closed early"))
 
     # httptools' side
 
     def on_headers_complete(self) -> None:
         self._result.status = self._parser.get_status_code()
+        self._streaming = self._result.headers.get("content-type", "").startswith("text/event-stream")
         if not self._parser.should_keep_alive():
             self.closed = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type" and value.startswith(b"text/event-stream"):
-            self._streaming = True
+        self._result.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        self._finished = True
+        self.whole = True
 
     # what is in a body
 
@@ -197,7 +210,7 @@ class _Connection(asyncio.Protocol):
         whole, end, self._tail = data.rpartition(b"\n\n")
         whole += end
         content = sum(map(whole.count, _CONTENT)) - sum(map(whole.count, _EMPTY))
-        if content != whole.count(b"\n\n") or _FINISH in whole:
+        if content != whole.count(b"\n\n") or _FINISH in whole or self._result.text is not None:
             content = sum(self._event(event) for event in whole.split(b"\n\n") if event)
         if not content:
             return
@@ -219,7 +232,7 @@ class _Connection(asyncio.Protocol):
         if not data:  # a comment
             return False
         if data == b"[DONE]":
-            self._saw_done = True
+            self._result.done = True
             return False
         try:
             chunk = orjson.loads(data)
@@ -240,7 +253,7 @@ class _Connection(asyncio.Protocol):
             result.first = result.last = time.perf_counter()
             self._end(result.error)
         else:
-            self._end(result.error or (None if self._saw_done else "no [DONE]"))
+            self._end(result.error or (None if result.done else "no [DONE]"))
 
     def _end(self, error: str | None) -> None:
         if self._done is not None and not self._done.done():
@@ -264,5 +277,8 @@ def _note(chunk: Any, result: Result) -> bool:
     for choice in chunk.get("choices") or ():
         result.finish_reason = choice.get("finish_reason") or result.finish_reason
         part = choice.get("delta") or choice.get("message") or choice
-        content = content or bool(part.get("content") or part.get("text"))
+        text = part.get("content") or part.get("text")
+        if text and result.text is not None:
+            result.text.append(text)
+        content = content or bool(text)
     return content

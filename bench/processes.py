@@ -147,6 +147,11 @@ def shared_memory(pids: Sequence[int]) -> int:
     return total
 
 
+def is_zombie(pid: int) -> bool:
+    """Whether it has ended and nobody has asked how."""
+    return _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()[:1] == ["Z"]
+
+
 def process_name(pid: int) -> str:
     """What a person would call it: the model of a stub, the module of a Python, else the program."""
     words = [word for word in _read(_PROC / str(pid) / "cmdline").split("\0") if word]

@@ -1,7 +1,7 @@
 """The whole product without a model's cost: gateway, Triton and the stages, with the echo engine.
 
     python -m bench.stack [--rounds 5] [--streams 1,16,64,256]
-    python -m bench.stack --soak 10
+    python -m bench.stack --endurance 10
 
 The first compares, in interleaved rounds: one event a token through the gateway, several tokens an event, a
 bare Starlette server that writes the same bytes (`bench.bare_sse`, both kinds), and Triton called directly.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -27,16 +26,15 @@ from typing import Any
 
 import uvloop
 
-from bench import processes, soak
+from bench import endurance, processes
 from bench.client import Endpoint, Result
 from bench.direct import Direct
 from bench.drive import drive
+from bench.echoes import declaration, serving
 from bench.report import json_line, median, percentile, shown, table
-from pipelines.pipeline import DEFAULT, catalog_dirs, get_pipeline
 
 TOKEN, MESSAGE = "echo-bench", "echo-bench-message"
 PROMPT = " ".join(f"word {number}" for number in range(20))
-START_S = 300
 TOKENS = 100_000  # of all streams together in one measurement, as long as a stream gets no more than
 MOST_TOKENS = 50_000
 REQUESTS = 20  # in one measurement, at least: a first token is one sample a request
@@ -59,41 +57,15 @@ class Stack:
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[Stack]:
     """The product with the two echo pipelines, and the bare server."""
-    catalog = folder / "catalog"
-    catalog.mkdir()
-    for name, event in ((TOKEN, "token"), (MESSAGE, "message")):
-        (catalog / f"{name}.toml").write_text(_declaration(name, event), encoding="utf-8")
-    folders = [str(part) for part in catalog_dirs()[1:]] + [str(catalog)]
-    environ = {"TRIPTYCH_CATALOG": ":".join(folders)}
-    http, bare = processes.free_ports(), processes.free_ports()
-    triton = processes.free_ports(3) + 1  # HTTP is the one below gRPC, metrics the one above
-    serve = ["gateway.cli", "serve", "--port", str(http), "--triton-grpc-port", str(triton)]
-    serve += ["--pipeline", TOKEN, "--pipeline", MESSAGE]
-    bare_log, serve_log = folder / "bare.log", folder / "serve.log"
+    keys: dict[str, int | str] = {"max_running": 1024, "context": 2 * MOST_TOKENS}
+    echoes = [declaration(name, **keys, stream_event=event) for name, event in ((TOKEN, "token"), (MESSAGE, "message"))]
+    bare, bare_log = processes.free_ports(), folder / "bare.log"
     with (
         processes.running(["bench.bare_sse", "--port", str(bare)], bare_log) as bare_process,
-        processes.running(serve, serve_log, environ) as serve_process,
+        serving(folder, echoes) as served,
     ):
         processes.wait_ready(bare_process, f"http://127.0.0.1:{bare}/health/ready", bare_log, 30)
-        processes.wait_ready(serve_process, f"http://127.0.0.1:{http}/health/ready", serve_log, START_S)
-        yield Stack(f"http://127.0.0.1:{http}", f"127.0.0.1:{triton}", f"http://127.0.0.1:{bare}", serve_process.pid)
-
-
-def _declaration(name: str, event: str) -> str:
-    """The default pipeline's tokenizer with the echo engine: nothing more to download."""
-    model = get_pipeline(DEFAULT)
-    keys = {
-        "name": name,
-        "source": model.source,
-        "parts": list(model.parts),
-        "engine": "echo",
-        "max_running": 1024,
-        "context": 2 * MOST_TOKENS,
-        "stream_event": event,
-    }
-    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-    hashes = "".join(f"{json.dumps(file)} = {json.dumps(value)}\n" for file, value in model.sha256.items())
-    return f"{table}[sha256]\n{hashes}"
+        yield Stack(served.url, served.triton, f"http://127.0.0.1:{bare}", served.pid)
 
 
 async def http_streams(base: str, model: str, streams: int, tokens: int, *, usage: bool = False) -> Measured:
@@ -268,21 +240,21 @@ def _pair(latency: dict[str, float]) -> str:
     return f"{shown(latency['p50'])} / {shown(latency['p99'])}"
 
 
-async def soak_for(stack: Stack, minutes: float, streams: int) -> dict[str, Any]:
-    """The soak's findings."""
+async def endure(stack: Stack, minutes: float, streams: int) -> dict[str, Any]:
+    """The findings of minutes of mixed traffic."""
     direct = Direct(stack.triton)
-    traffic = soak.Traffic(Endpoint(stack.gateway + "/v1"), direct, TOKEN, MESSAGE, PROMPT)
-    memory = soak.Memory(stack.serve_pid)
+    traffic = endurance.Traffic(Endpoint(stack.gateway + "/v1"), direct, TOKEN, MESSAGE, PROMPT)
+    memory = endurance.Memory(stack.serve_pid)
     watcher = asyncio.create_task(memory.watch())
     try:
         await traffic.run(streams, minutes * 60)
-        await asyncio.sleep(soak.SAMPLE_S + 1)  # a last sample, after the last request
+        await asyncio.sleep(endurance.SAMPLE_S + 1)  # a last sample, after the last request
     finally:
         watcher.cancel()
         await direct.close()
     left = await asyncio.to_thread(_in_flight, stack.gateway)
     hangs = sum(count for problem, count in traffic.problems.items() if problem.endswith("timeout"))
-    judged = soak.verdict(memory.samples)
+    judged = endurance.verdict(memory.samples)
     return {
         "minutes": minutes,
         "streams": streams,
@@ -305,7 +277,7 @@ def _in_flight(gateway: str) -> float | None:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("triptych_requests_in_flight{"))
 
 
-def print_soak(found: dict[str, Any]) -> None:
+def print_endurance(found: dict[str, Any]) -> None:
     rows = [
         [
             name,
@@ -324,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stack", description="The product without a model's cost.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,16,64,256", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="mixed traffic instead, watching memory")
-    parser.add_argument("--soak-streams", type=int, default=64)
+    parser.add_argument("--endurance", type=float, metavar="MINUTES", help="mixed traffic instead, watching memory")
+    parser.add_argument("--endurance-streams", type=int, default=64)
     given = parser.parse_args(arguments)
     streams = [int(count) for count in given.streams.split(",")]
     if min(streams) < 1 or given.rounds < 1:
@@ -333,9 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with processes.terminated_as_exit(), tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder:
         try:
             with started(Path(folder)) as stack:
-                if given.soak:
-                    found = uvloop.run(soak_for(stack, given.soak, given.soak_streams))
-                    print_soak(found)
+                if given.endurance:
+                    found = uvloop.run(endure(stack, given.endurance, given.endurance_streams))
+                    print_endurance(found)
                 else:
                     found = uvloop.run(compare(stack, streams, given.rounds))
                     print_comparison(found)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from bench import bare_sse, load, processes, soak
+from bench import bare_sse, endurance, load, processes
 from bench.client import Client, Endpoint, Result
 from bench.report import json_line, median, milliseconds, percentile, table
 
@@ -214,20 +214,20 @@ def test_tables_line_up_and_json_has_no_nan():
     assert json_line({"a": [1.23456, math.nan], "b": {"c": 2}}) == '{"a":[1.235,null],"b":{"c":2}}'
 
 
-def test_the_soak_is_flat_only_if_nothing_grew_came_or_went():
+def test_endurance_is_flat_only_if_nothing_grew_came_or_went():
     mib = 2**20
     warm = {"gateway (1)": 100 * mib, "stub (2)": 400 * mib, "/dev/shm": 64 * mib}
 
     def judged(**end: int) -> bool:
         samples = [(0.0, {"gateway (1)": 1}), (60.0, warm), (65.0, {}), (300.0, {**warm, **end})]
-        return soak.verdict(samples)["flat"]
+        return endurance.verdict(samples)["flat"]
 
     assert judged()
     assert judged(**{"gateway (1)": 108 * mib, "stub (2)": 420 * mib})  # 8 MiB, or 5 %
     assert not judged(**{"gateway (1)": 109 * mib})
     assert not judged(**{"stub (2)": 421 * mib})
     assert not judged(**{"new (3)": mib})
-    gone = soak.verdict([(0.0, warm), (60.0, warm), (120.0, {"/dev/shm": 0})])
+    gone = endurance.verdict([(0.0, warm), (60.0, warm), (120.0, {"/dev/shm": 0})])
     assert not gone["flat"]
     assert gone["memory"]["stub (2)"] == {"warm_mib": 400, "end_mib": None, "flat": False}
 
