@@ -113,6 +113,12 @@ ABORTED = Counter(
     ["pipeline", "reason"],
     registry=REGISTRY,
 )
+RETRIED = Counter(
+    "triptych_requests_retried",
+    "Choices that were asked again, since what worked on them was lost before they had said anything.",
+    ["pipeline"],
+    registry=REGISTRY,
+)
 CONNECTIONS_ENDED = Counter(
     "triptych_connections_ended",
     "Connections that the gateway ended for what the client did, by reason.",

@@ -9,7 +9,8 @@ class StageError(Exception):
     """A request could not be served; `message` is a sentence for the user, `param` the input it names.
 
     `code` is one of: invalid_request, invalid_image, context_length_exceeded, unsupported_parameter, overloaded,
-    unavailable, unhealthy, timeout, internal. `stage` is the stage that failed.
+    unavailable, unhealthy, timeout, internal. `stage` is the stage that failed. `unavailable` and `unhealthy`
+    are said of what should have answered (it is not there, has died or hangs), never of the request.
     """
 
     def __init__(
@@ -20,6 +21,11 @@ class StageError(Exception):
         self.code = code
         self.param = param
         self.stage = stage
+
+    @property
+    def lost(self) -> bool:
+        """Whether what worked on the request is gone, which is no verdict on the request: it may be asked again."""
+        return self.code in ("unavailable", "unhealthy")
 
     def to_json(self) -> str:
         """As it travels through Triton, whose errors are strings without codes (research: gRPC in-band errors)."""

@@ -390,7 +390,7 @@ def test_the_official_client_streams_its_choices(server, backend):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_choice_that_fails_cancels_the_others(server, backend, stream):
-    failure = StageError("No cache left.", code="unavailable", stage="generate")
+    failure = StageError("No cache left.", code="overloaded", stage="generate")
     backend.each = [[ACCEPTED, FOREVER], [ACCEPTED, 0.05, failure], [ACCEPTED, FOREVER]]
     response = server.post(CHAT_PATH, {**HELLO, "n": 3, "stream": stream})
     assert "No cache left." in response.text
