@@ -33,6 +33,7 @@ MAX_BACKLOG = 128 * 1024  # bytes that wait for one client which has not read fo
 _SLOW_S = 1.0  # what comes faster than this is a burst, and not a slow client
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
+_LANE = "lane-"  # the id of a lane's own request, with a number; a stream's has a dot
 _MAX_MESSAGE = 2**31 - 1  # gRPC's own limit: how large a request may be is the gateway's to say (`Settings`)
 # gRPC's own wait between attempts grows to two minutes; a restarted Triton is back in seconds.
 RECONNECT = [
@@ -138,9 +139,15 @@ class Lane:
     """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
 
     def __init__(
-        self, pipeline: Pipeline, infer: Any, accept_timeout_s: float, on_unhealthy: Callable[[str, str], None]
+        self,
+        pipeline: Pipeline,
+        infer: Any,
+        accept_timeout_s: float,
+        on_unhealthy: Callable[[str, str], None],
+        endpoint: str,
     ) -> None:
         self.pipeline = pipeline
+        self._endpoint = endpoint
         self._on_unhealthy = on_unhealthy
         self._accept_timeout_s = accept_timeout_s
         self._infer = infer
@@ -153,13 +160,16 @@ class Lane:
         self._messages = 0
         self._closing = False
         self._suspended = False
+        self._leaving = False  # the orchestrator takes nothing more, and ends what it has
         self._connection: asyncio.Task[str] | None = None
         self._received = metrics.LANE_MESSAGES.labels(pipeline.name)
         self._lag = metrics.LANE_LAG_SECONDS.labels(pipeline.name)
 
     @property
     def ready(self) -> bool:
-        return not self._suspended and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
+        return (
+            not (self._suspended or self._leaving) and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
+        )
 
     async def submit(self, submission: Submission) -> LaneStream:
         if not self.ready:
@@ -182,7 +192,8 @@ class Lane:
                 self._connection.cancel()
             reason = "suspended" if self._connection.cancelled() else self._connection.result()
             if self._heard and not self._closing:
-                log.warning("lane of %s lost: %s", self.pipeline.name, reason)
+                where = f" at {self._endpoint}" if self._endpoint else ""
+                log.warning("lane of %s%s lost: %s", self.pipeline.name, where, reason)
             self._lose(StageError(f"pipeline '{self.pipeline.name}' was lost: {reason}", code="unavailable"))
             await asyncio.sleep(0 if self._closing else _RECONNECT_S)
             while self._suspended and not self._closing:
@@ -192,7 +203,7 @@ class Lane:
         """A stage has died: whoever waits is told, and nothing is sent until `resume`."""
         self._suspended = True
         self._lose(error)
-        metrics.forget_engine(self.pipeline.name)  # its counts start anew
+        metrics.forget_engine(self.pipeline.name, self._endpoint)  # its counts start anew
         if self._connection:
             self._connection.cancel()
 
@@ -207,7 +218,7 @@ class Lane:
 
     async def _connect(self) -> str:
         """Open the lane and read it to its end; answers why it ended."""
-        self._out, self._messages = asyncio.Queue(), 0
+        self._out, self._messages, self._leaving = asyncio.Queue(), 0, False
         self._open()
         call = self._infer(self._requests(self._out))
         try:
@@ -231,7 +242,7 @@ class Lane:
 
     def _open(self) -> None:
         self._numbers += 1
-        self._send(f"lane-{self._numbers}", {"listener": self._listener, contracts.OPERATION: "lane"})
+        self._send(f"{_LANE}{self._numbers}", {"listener": self._listener, contracts.OPERATION: "lane"})
 
     def _cancel(self, id: str) -> None:
         self._streams.pop(id, None)
@@ -245,11 +256,9 @@ class Lane:
     def _take(self, response: Any) -> None:
         """One response: a lane message, or the error of one of our requests."""
         if response.error_message:
-            stream = self._streams.pop(response.infer_response.id, None)
-            error = StageError.from_text(response.error_message, stage="orchestrator")
-            if stream is None:
-                raise _LaneError(error.message)
-            stream.fail(error)
+            self._refused(
+                response.infer_response.id, StageError.from_text(response.error_message, stage="orchestrator")
+            )
             return
         self._heard = time.monotonic()
         for packed in response.infer_response.raw_output_contents:
@@ -258,12 +267,30 @@ class Lane:
             for event in events:
                 self._share(event)
             if counters:
-                metrics.engine_counters(self.pipeline.name, counters)
+                metrics.engine_counters(self.pipeline.name, counters, self._endpoint)
         self._received.inc()
         self._messages += 1
-        if self._messages >= ROTATE_AFTER:
+        if self._leaving:
+            self._leave()
+        elif self._messages >= ROTATE_AFTER:
             self._messages = 0
             self._open()
+
+    def _refused(self, id: str, error: StageError) -> None:
+        """A request was not taken. Where the orchestrator is gone, or another than has our lane, none will be: whoever
+        waits on the lane is still served, by an orchestrator that is being unloaded."""
+        stream = self._streams.pop(id, None)
+        if stream:
+            stream.fail(error)
+        elif id.removeprefix(_LANE).isdecimal():
+            raise _LaneError(error.message)
+        if error.lost:
+            self._leaving = True
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._streams:
+            raise _LaneError("its orchestrator takes no more requests")
 
     def _share(self, event: Event) -> None:
         if event.error and event.error.code == "unhealthy":
@@ -285,10 +312,16 @@ class _LaneError(Exception):
 
 
 class Lanes:
-    """The lanes of all pipelines served, on one channel (`gateway.backend.Backend`)."""
+    """The lanes of all pipelines served, on one channel (`gateway.backend.Backend`).
 
-    def __init__(self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float) -> None:
+    `endpoint` tells one Triton from others in metrics and logs, where there are several.
+    """
+
+    def __init__(
+        self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float, endpoint: str = ""
+    ) -> None:
         self._target = target
+        self._endpoint = endpoint
         self._accept_timeout_s = accept_timeout_s
         self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the supervisor's
         self._pipelines = dict(pipelines)
@@ -309,7 +342,7 @@ class Lanes:
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
         self._lanes = {
-            name: Lane(pipeline, infer, self._accept_timeout_s, self._unhealthy)
+            name: Lane(pipeline, infer, self._accept_timeout_s, self._unhealthy, self._endpoint)
             for name, pipeline in self._pipelines.items()
         }
         self._tasks = [asyncio.create_task(lane.run(), name=f"lane {name}") for name, lane in self._lanes.items()]

@@ -16,9 +16,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 
 from gateway import listener
 from gateway.app import create_app
+from gateway.backend import Backend
 from gateway.greeting import greeting
 from gateway.kept import Kept
 from gateway.keys import Keys, forget_secrets
@@ -43,16 +45,7 @@ DRAIN_S = 20
 
 def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
     """Until SIGINT or SIGTERM; answers the exit code."""
-    logs.configure(settings.log_level, settings.log_format, source="gateway")
-    keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
-    forget_secrets(os.environ)
-    listener.check_tls(settings)
-    listener.warn_if_open(settings, keys_required=keys.required)
-    listener.raise_file_limit(settings)
-    if not port_is_free(settings.port, settings.host):
-        raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
-    for pipeline in pipelines:
-        _pull(pipeline)
+    keys = set_up(settings, pipelines)
     triton = _triton(settings, pipelines)
     log_lines = Follower(triton.log_file)
     kept = Kept(settings)
@@ -70,6 +63,21 @@ def serve(settings: Settings, pipelines: Sequence[Pipeline]) -> int:
         triton.stop()
         log_lines.stop()
         kept.close()  # the last spans are those of stages that were stopped
+
+
+def set_up(settings: Settings, pipelines: Sequence[Pipeline]) -> Keys:
+    """What a gateway needs before anything runs, whoever runs its Triton."""
+    logs.configure(settings.log_level, settings.log_format, source="gateway")
+    keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
+    forget_secrets(os.environ)
+    listener.check_tls(settings)
+    listener.warn_if_open(settings, keys_required=keys.required)
+    listener.raise_file_limit(settings)
+    if not port_is_free(settings.port, settings.host):
+        raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
+    for pipeline in pipelines:
+        _pull(pipeline)
+    return keys
 
 
 def _exit(number: int, frame: object) -> None:
@@ -120,11 +128,18 @@ async def _gateway(
             await asyncio.wait([supervisor])
 
     app = create_app(lanes, settings, lifespan, keys, traces)
+    return await listen(app, settings, keys, pipelines, lanes)
+
+
+async def listen(
+    app: Starlette, settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], backend: Backend
+) -> int:
+    """Serves the app until a signal, and says once everything in it answers."""
     server = _Server(listener.configure(app, settings, timeout_graceful_shutdown=DRAIN_S))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.handle_exit, number, None)
-    greeter = asyncio.create_task(_greet(server, settings, keys, pipelines, lanes))
+    greeter = asyncio.create_task(_greet(server, settings, keys, pipelines, backend))
     try:
         await server.serve()
     finally:
@@ -133,9 +148,9 @@ async def _gateway(
 
 
 async def _greet(
-    server: uvicorn.Server, settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], lanes: Lanes
+    server: uvicorn.Server, settings: Settings, keys: Keys, pipelines: Sequence[Pipeline], backend: Backend
 ) -> None:
     """Say so once everything answers."""
-    while not (server.started and all(lanes.ready(pipeline.name) for pipeline in pipelines)):
+    while not (server.started and all(backend.ready(pipeline.name) for pipeline in pipelines)):
         await asyncio.sleep(0.05)
     print(greeting(settings.url, pipelines, keyed=keys.required), flush=True)

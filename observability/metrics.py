@@ -157,6 +157,25 @@ PIPELINE_READY = Gauge(
     "triptych_pipeline_ready", "1 when the pipeline can answer, else 0.", ["pipeline"], registry=REGISTRY
 )
 
+ENDPOINT_READY = Gauge(
+    "triptych_endpoint_ready",
+    "With several Tritons: 1 where the pipeline can answer now, else 0.",
+    ["endpoint", "pipeline"],
+    registry=REGISTRY,
+)
+ENDPOINT_IN_FLIGHT = Gauge(
+    "triptych_endpoint_requests_in_flight",
+    "With several Tritons: choices that each is at work on for this gateway.",
+    ["endpoint"],
+    registry=REGISTRY,
+)
+ENDPOINT_EJECTIONS = Counter(
+    "triptych_endpoint_ejections",
+    "With several Tritons: how often each was left alone for a while, since it had lost requests or failed them.",
+    ["endpoint", "pipeline"],
+    registry=REGISTRY,
+)
+
 _ENGINE_GAUGES = {
     "running": "Sequences in the engine's step.",
     "waiting": "Sequences waiting for a place in it.",
@@ -179,15 +198,15 @@ class _Engine(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._latest: dict[str, dict[str, float]] = {}
+        self._latest: dict[tuple[str, str], dict[str, float]] = {}  # by pipeline and endpoint
 
-    def update(self, pipeline: str, counters: Mapping[str, float]) -> None:
+    def update(self, pipeline: str, counters: Mapping[str, float], endpoint: str) -> None:
         with self._lock:
-            self._latest[pipeline] = dict(counters)
+            self._latest[pipeline, endpoint] = dict(counters)
 
-    def forget(self, pipeline: str) -> None:
+    def forget(self, pipeline: str, endpoint: str) -> None:
         with self._lock:
-            self._latest.pop(pipeline, None)
+            self._latest.pop((pipeline, endpoint), None)
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
@@ -200,9 +219,11 @@ class _Engine(Collector):
             families.append((name, CounterMetricFamily(f"triptych_engine_{shown}", text, labels=["pipeline"])))
         for name, family in families:
             scale = 1e-9 if name.endswith("_ns") else 1
-            for pipeline, counters in latest.items():
+            total = "_total" if family.type == "counter" else ""
+            for (pipeline, endpoint), counters in latest.items():
                 if name in counters:
-                    family.add_metric([pipeline], counters[name] * scale)  # type: ignore[attr-defined]
+                    labels = {"pipeline": pipeline, **({"endpoint": endpoint} if endpoint else {})}
+                    family.add_sample(family.name + total, labels, counters[name] * scale)
             yield family
 
 
@@ -231,14 +252,17 @@ def exemplar(span: Span) -> dict[str, str] | None:
     return {"trace_id": str(span.trace_id)}
 
 
-def engine_counters(pipeline: str, counters: Mapping[str, float]) -> None:
-    """The engine's own latest values of the gauges and counters named above; others are ignored."""
-    _ENGINE.update(pipeline, counters)
+def engine_counters(pipeline: str, counters: Mapping[str, float], endpoint: str = "") -> None:
+    """The engine's own latest values of the gauges and counters named above; others are ignored.
+
+    Where a pipeline has several engines, each has an endpoint's name.
+    """
+    _ENGINE.update(pipeline, counters, endpoint)
 
 
-def forget_engine(pipeline: str) -> None:
+def forget_engine(pipeline: str, endpoint: str = "") -> None:
     """Its engine is gone; the series end instead of standing still."""
-    _ENGINE.forget(pipeline)
+    _ENGINE.forget(pipeline, endpoint)
 
 
 def render(accept: str = "") -> tuple[bytes, str]:

@@ -43,6 +43,13 @@ class StageError(Exception):
                 )
             except (ValueError, KeyError, TypeError):
                 pass
-        # What Triton says of a stub that is dead, or does not answer it within a second or so.
-        code = "unhealthy" if "is not healthy" in text else "internal"
-        return cls(f"stage {stage} failed: {text}", code=code, stage=stage)
+        return cls(f"stage {stage} failed: {text}", code=_code_of(text), stage=stage)
+
+
+def _code_of(text: str) -> str:
+    """By Triton's own words (2.51)."""
+    if "is not healthy" in text:  # of a stub that is dead, or does not answer it within a second or so
+        return "unhealthy"
+    if "unknown model" in text or "is not ready" in text:  # of a model that is unloaded, or of one on its way out
+        return "unavailable"
+    return "internal"

@@ -1143,6 +1143,8 @@ def test_settings_come_from_the_environment():
         ("PORT", "http"),
         ("TRITON_GRPC", "localhost"),
         ("TRITON_GRPC", ":8001"),
+        ("TRITON", "a:8001,b"),
+        ("TRITON", "a:8001, a:8001"),
         ("MAX_BODY_BYTES", "0"),
         ("MAX_BODY_MEMORY_BYTES", "1000"),
         ("MAX_CONCURRENCY", "0"),
