@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from gateway.attached import attach
     from gateway.catalog import Catalog
     from gateway.serve import serve
     from gateway.triton import TritonError
@@ -40,8 +41,11 @@ def _serve(options: argparse.Namespace) -> int:
     named = options.pipeline or ()
     for name in named:
         get_pipeline(name)  # one that is not there is told
+    settings = _settings(options)
     try:
-        return serve(_settings(options), Catalog(only=named), named or DEFAULTS)
+        if settings.tritons:
+            return attach(settings, [get_pipeline(name) for name in named or DEFAULTS])
+        return serve(settings, Catalog(only=named), named or DEFAULTS)
     except TritonError as error:
         return _say(error)
 
@@ -129,6 +133,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     given = {key: getattr(options, key, None) for key in ("host", "port")}
     port = getattr(options, "triton_grpc_port", None)
     given["triton_grpc"] = f"127.0.0.1:{port}" if port else None
+    given["triton"] = ",".join(getattr(options, "triton", None) or ()) or None
     return dataclasses.replace(Settings.from_env(), **{key: value for key, value in given.items() if value is not None})
 
 
@@ -141,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="port of the gateway (8080)")
     serve.add_argument(
         "--triton-grpc-port", type=int, help="Triton's gRPC port (8001); HTTP is the one below, metrics the one above"
+    )
+    serve.add_argument(
+        "--triton",
+        action="append",
+        metavar="HOST:PORT",
+        help="the gRPC address of a Triton that runs already, repeatable; none is started then",
     )
     serve.add_argument(
         "--pipeline",

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway import objects, protocol
-from gateway.backend import Backend, Stream, Submission
+from gateway.backend import Submission
 from gateway.choices import Choice, Merged, ParsedChoice, Totals
 from gateway.connection import header, read_body, too_large, while_connected
 from gateway.errors import ApiError, Failure, failure_of, log_failure
@@ -23,6 +23,7 @@ from gateway.lifecycle.states import State
 from gateway.objects import Head
 from gateway.protocol import GenerationRequest, Operation
 from gateway.report import Report
+from gateway.retry import RetriedStream, Retry, when_ready
 from gateway.room import Share
 from gateway.sse import Events, Written, write_stream
 from gateway.state import state_of
@@ -123,13 +124,21 @@ class Generation:
             with report.generation(request, head.id) as span:
                 terms, parent = deadline.left(), span.traceparent
                 submissions = self._submissions(request, terms, report.request_id, parent, deep=deep)
-                deltas = report.heard(await _submit(state["backend"], submissions))
+                backend, patience_s = state["backend"], state["settings"].max_wait_s
+
+                async def able(pipeline: str) -> None:
+                    await lifecycle.again(place)
+                    await when_ready(backend)(pipeline)
+
+                retry = Retry(backend, able, patience_s, deadline.left, report.retried, whole=not request.stream)
+                streams = await _submit(retry, submissions)
+                deltas = report.heard(streams)
                 try:
-                    choices = self._choices(request, state["formats"].of(state["backend"].pipelines()[request.model]))
+                    choices = self._choices(request, state["formats"].of(backend.pipelines()[request.model]))
                     if request.stream:
                         await self._stream(request, head, choices, deltas, report, send.or_bare)
                     else:
-                        response = await self._whole(request, head, choices, deltas, report)
+                        response = await self._whole(request, head, choices, streams, deltas, report)
                         await response(scope, receive, send)
                 finally:
                     deltas.cancel()
@@ -180,22 +189,25 @@ class Generation:
             await write_stream(send, deltas, first, events, written, lambda error: _told(error, report.request_id))
 
     async def _whole(
-        self, request: GenerationRequest, head: Head, choices: Sequence[Choice], deltas: Merged, report: Report
+        self,
+        request: GenerationRequest,
+        head: Head,
+        choices: Sequence[Choice],
+        streams: Sequence[RetriedStream],
+        deltas: Merged,
+        report: Report,
     ) -> Response:
         totals = Totals(request.n)
-        first_text_at = 0.0
         arrivals = await deltas.accepted()
         report.taken(arrivals)
         while True:
             for index, delta in arrivals:
-                if delta.texts:
-                    first_text_at = first_text_at or time.perf_counter()
                 choices[index].keep(delta)
                 totals.add(index, delta)
             if deltas.over:
                 break
             arrivals = await deltas.next()
-        report.generated(totals, first_text_at)
+        report.generated(totals, min((at for stream in streams if (at := stream.first_text_at)), default=0.0))
         used = objects.usage(totals.prompt_tokens, totals.completion_tokens, totals.cached_tokens)
         told = [
             choice.whole(reason, logprobs=request.sampling.logprobs)
@@ -234,12 +246,12 @@ async def _at_once(
     return parse(operation, body, max_choices)
 
 
-async def _submit(backend: Backend, submissions: Sequence[Submission]) -> list[Stream]:
+async def _submit(retry: Retry, submissions: Sequence[Submission]) -> list[RetriedStream]:
     """All of them, or none."""
-    streams: list[Stream] = []
+    streams: list[RetriedStream] = []
     try:
         for submission in submissions:
-            streams.append(await backend.submit(submission))
+            streams.append(await retry.submit(submission))
     except BaseException:
         for stream in streams:
             stream.cancel()

@@ -1,5 +1,7 @@
 """Where `triptych serve` keeps its traces: set up before its Triton starts, ended after that has stopped.
 
+Of Tritons that others started only the gateway's own spans are kept: their stages were told where theirs go.
+
 Knows no request and no HTTP.
 """
 
@@ -31,7 +33,8 @@ class Kept:
         if settings.trace_ring and not off:
             ring = Ring(settings.trace_ring, settings.trace_ring_mb * 1024 * 1024)
             self.traces = Traces(ring, tracing.export, slow_ms=settings.trace_slow_ms)
-            self._receive(given, int(settings.triton_grpc.rpartition(":")[2]))
+            if not settings.tritons:
+                self._receive(given, int(settings.triton_grpc.rpartition(":")[2]))
         tracing.configure("triptych-gateway", self.traces.collect if self.traces else None)
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ MAX_BACKLOG = 128 * 1024  # bytes that wait for one client which has not read fo
 _SLOW_S = 1.0  # what comes faster than this is a burst, and not a slow client
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
+_LANE = "lane-"  # the id of a lane's own request, with a number; a stream's has a dot
 _MAX_MESSAGE = 2**31 - 1  # gRPC's own limit: how large a request may be is the gateway's to say (`Settings`)
 # gRPC's own wait between attempts grows to two minutes; a restarted Triton is back in seconds.
 RECONNECT = [
@@ -139,9 +140,15 @@ class Lane:
     """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
 
     def __init__(
-        self, pipeline: Pipeline, infer: Any, accept_timeout_s: float, on_unhealthy: Callable[[str, str], None]
+        self,
+        pipeline: Pipeline,
+        infer: Any,
+        accept_timeout_s: float,
+        on_unhealthy: Callable[[str, str], None],
+        endpoint: str,
     ) -> None:
         self.pipeline = pipeline
+        self._endpoint = endpoint
         self._on_unhealthy = on_unhealthy
         self._accept_timeout_s = accept_timeout_s
         self._infer = infer
@@ -155,13 +162,15 @@ class Lane:
         self._numbers = 0
         self._messages = 0
         self._closing = False
+        self._leaving = False  # the orchestrator takes nothing more, and ends what it has
         self._connection: asyncio.Task[str] | None = None
         self._received = metrics.LANE_MESSAGES.labels(pipeline.name)
         self._lag = metrics.LANE_LAG_SECONDS.labels(pipeline.name)
 
     @property
     def ready(self) -> bool:
-        return not self._closing and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
+        resting = self._closing or self._leaving
+        return not resting and bool(self._heard) and time.monotonic() - self._heard < SILENT_S
 
     async def submit(self, submission: Submission) -> LaneStream:
         if not self.ready:
@@ -207,7 +216,8 @@ class Lane:
                 return
             reason = self._connection.result()
             if self._heard and not self._closing:
-                log.warning("lane of %s lost: %s", self.pipeline.name, reason)
+                where = f" at {self._endpoint}" if self._endpoint else ""
+                log.warning("lane of %s%s lost: %s", self.pipeline.name, where, reason)
             self._lose(StageError(f"pipeline '{self.pipeline.name}' was lost: {reason}", code="unavailable"))
             await asyncio.sleep(0 if self._closing else _RECONNECT_S)
 
@@ -230,7 +240,7 @@ class Lane:
 
     async def _connect(self) -> str:
         """Open the lane and read it to its end; answers why it ended."""
-        self._out, self._messages = asyncio.Queue(), 0
+        self._out, self._messages, self._leaving = asyncio.Queue(), 0, False
         self._open()
         call = self._infer(self._requests(self._out))
         try:
@@ -254,7 +264,7 @@ class Lane:
 
     def _open(self) -> None:
         self._numbers += 1
-        self._send(f"lane-{self._numbers}", {"listener": self._listener, contracts.OPERATION: "lane"})
+        self._send(f"{_LANE}{self._numbers}", {"listener": self._listener, contracts.OPERATION: "lane"})
 
     def _cancel(self, id: str) -> None:
         self._streams.pop(id, None)
@@ -271,11 +281,9 @@ class Lane:
     def _take(self, response: Any) -> None:
         """One response: a lane message, or the error of one of our requests."""
         if response.error_message:
-            stream = self._streams.pop(response.infer_response.id, None)
-            error = StageError.from_text(response.error_message, stage="orchestrator")
-            if stream is None:
-                raise _LaneError(error.message)
-            stream.fail(error)
+            self._refused(
+                response.infer_response.id, StageError.from_text(response.error_message, stage="orchestrator")
+            )
             return
         self._heard = time.monotonic()
         self._opened.set()
@@ -285,12 +293,30 @@ class Lane:
             for event in events:
                 self._share(event)
             if counters:
-                metrics.engine_counters(self.pipeline.name, counters)
+                metrics.engine_counters(self.pipeline.name, counters, self._endpoint)
         self._received.inc()
         self._messages += 1
-        if self._messages >= ROTATE_AFTER:
+        if self._leaving:
+            self._leave()
+        elif self._messages >= ROTATE_AFTER:
             self._messages = 0
             self._open()
+
+    def _refused(self, id: str, error: StageError) -> None:
+        """A request was not taken. Where the orchestrator is gone, or another than has our lane, none will be: whoever
+        waits on the lane is still served, by an orchestrator that is being unloaded."""
+        stream = self._streams.pop(id, None)
+        if stream:
+            stream.fail(error)
+        elif id.removeprefix(_LANE).isdecimal():
+            raise _LaneError(error.message)
+        if error.lost:
+            self._leaving = True
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._streams:
+            raise _LaneError("its orchestrator takes no more requests")
 
     def _share(self, event: Event) -> None:
         if event.error and event.error.code == "unhealthy":
@@ -314,11 +340,15 @@ class _LaneError(Exception):
 class Lanes:
     """The lanes of the pipelines that are loaded, on one channel (`gateway.backend.Backend`).
 
-    `pipelines` are those served, loaded or not: whoever has it may change it.
+    `pipelines` are those served, loaded or not: whoever has it may change it. `endpoint` tells one Triton from others
+    in metrics and logs, where there are several.
     """
 
-    def __init__(self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float) -> None:
+    def __init__(
+        self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float, endpoint: str = ""
+    ) -> None:
         self._target = target
+        self._endpoint = endpoint
         self._accept_timeout_s = accept_timeout_s
         self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the loader's
         self._pipelines = pipelines
@@ -349,7 +379,7 @@ class Lanes:
 
     def open(self, pipeline: str) -> Lane:
         """A lane to a pipeline whose models are loaded: it connects, and stays connected until it is closed."""
-        lane = Lane(self._pipelines[pipeline], self._infer, self._accept_timeout_s, self._unhealthy)
+        lane = Lane(self._pipelines[pipeline], self._infer, self._accept_timeout_s, self._unhealthy, self._endpoint)
         self._lanes[pipeline] = lane
         self._tasks[pipeline] = asyncio.create_task(lane.run(), name=f"lane {pipeline}")
         return lane
@@ -359,14 +389,14 @@ class Lanes:
         if lane := self._lanes.pop(pipeline, None):
             lane.close()
             await self._end([self._tasks.pop(pipeline)])
-            metrics.forget_engine(pipeline)
+            metrics.forget_engine(pipeline, self._endpoint)
 
     def lose(self, pipeline: str, error: StageError) -> None:
         """The pipeline has died: its lane is over, and whoever waits on it is told."""
         if lane := self._lanes.pop(pipeline, None):
             lane.lose(error)
             del self._tasks[pipeline]
-            metrics.forget_engine(pipeline)  # its counts start anew
+            metrics.forget_engine(pipeline, self._endpoint)  # its counts start anew
 
     def pipelines(self) -> Mapping[str, Pipeline]:
         return self._pipelines

@@ -30,6 +30,7 @@ from pipelines.sources import is_pulled
 log = logging.getLogger(__name__)
 
 LOAD_S = 600.0  # of a model of many gigabytes, from a slow disk
+_ANSWER_S = 10.0  # for generate to say what it is
 _OPERATE_S = 120.0  # to park, or to wake
 _GONE_S = 20.0  # for the stubs of models that are unloaded to end
 _ORCHESTRATOR = "orchestrator"
@@ -99,12 +100,10 @@ class Loader:
             await self._remove(pipeline)
 
     async def park(self, pipeline: str) -> Memory | None:
-        await self._operate(pipeline, "park")
-        return self._memory(pipeline)
+        return await self._operate(pipeline, "park")
 
     async def wake(self, pipeline: str) -> Memory | None:
-        await self._operate(pipeline, "wake")
-        return self._memory(pipeline)
+        return await self._operate(pipeline, "wake")
 
     # What happens to processes (`gateway.supervisor.Concerned`).
 
@@ -162,8 +161,10 @@ class Loader:
         self._loaded.add(pipeline.name)
         self._broken.pop(pipeline.name, None)
         await lane.opened()
-        phases = {"load": loaded_s, "lane": time.monotonic() - began - loaded_s}
-        return Ready(self._memory(pipeline.name), phases)
+        state = await self._control.operate(model_name(pipeline.name, "generate"), "state", _ANSWER_S)
+        phases = _phases(state["phases_s"], loaded_s)
+        memory = self._memory(pipeline.name, int(state["gpu_bytes"]))
+        return Ready(memory, {**phases, "lane": time.monotonic() - began - loaded_s}, bool(state["can_park"]))
 
     async def _load_models(self, pipeline: Pipeline) -> None:
         render(pipeline, self._repository)
@@ -200,9 +201,12 @@ class Loader:
                 self._supervisor.end(model_name(pipeline, model))
             await self._control.unload(model_name(pipeline, model))
 
-    async def _operate(self, pipeline: str, operation: str) -> None:
+    async def _operate(self, pipeline: str, operation: str) -> Memory | None:
+        generate = model_name(pipeline, "generate")
         try:
-            await self._control.operate(model_name(pipeline, "generate"), operation, _OPERATE_S)
+            await self._control.operate(generate, operation, _OPERATE_S)
+            state = await self._control.operate(generate, "state", _ANSWER_S)
+            return self._memory(pipeline, int(state["gpu_bytes"]))
         except (Away, StageError) as error:
             self._broken[pipeline] = set(MODELS)
             self._lose_quietly(pipeline)
@@ -213,11 +217,18 @@ class Loader:
         self._loaded.discard(pipeline)
         self._lanes.lose(pipeline, StageError(f"'{pipeline}' is being replaced.", code="unavailable"))
 
-    def _memory(self, pipeline: str) -> Memory | None:
-        """What its stages' processes take that no other does."""
+    def _memory(self, pipeline: str, gpu_bytes: int) -> Memory | None:
+        """What its stages' processes take; what they share with others, by their share of it."""
         stubs = [stub for model in MODELS for stub in self._supervisor.stubs_of(model_name(pipeline, model))]
         sizes = [resident(stub.pid) for stub in stubs]
-        return Memory(ram=sum(sizes)) if sizes and all(sizes) else None
+        return Memory(sum(sizes), gpu_bytes) if sizes and all(sizes) else None
+
+
+def _phases(told: Mapping[str, float], loaded_s: float) -> dict[str, float]:
+    """Of generate, which is what a load waits for; what it does not account for is Triton's own. In order."""
+    known = {phase: float(seconds) for phase, seconds in told.items()}
+    rest = max(0.0, loaded_s - sum(known.values()))
+    return {"triton": rest, **known}
 
 
 def resident(pid: int) -> int:

@@ -44,6 +44,7 @@ class Report:
         self._operation = operation
         self._pipeline = ""  # until it is known to be one of the catalog's: an unknown name is never a label
         self._choices = 1
+        self._retries = 0
         self._began = time.perf_counter()
         self._began_ns = tracing.now_ns()
         self._submitted = self._began
@@ -179,6 +180,13 @@ class Report:
                 size = sum(3 * width * height for width, height in delta.pictures)
                 metrics.IMAGE_BYTES.labels(self._pipeline).inc(size)
 
+    def retried(self, lost: StageError) -> None:
+        """A choice is asked again, since what worked on it was lost."""
+        self._retries += 1
+        metrics.RETRIED.labels(self._pipeline).inc()
+        self._chat.event("asked again", {"error.type": lost.code, "triptych.stage": lost.stage or None})
+        self._chat.set({"triptych.retries": self._retries})
+
     def heard(self, streams: Sequence[Stream]) -> Merged:
         """The choices' streams as one; what they say is in the trace if the operator has opted in."""
         if self._chat is NO_SPAN or not content.wanted():
@@ -278,6 +286,7 @@ class Report:
                     "duration_ms": round((ended - self._began) * 1000, 3),
                     "prompt_tokens": totals.prompt_tokens if totals else None,
                     "output_tokens": totals.completion_tokens if totals else None,
+                    "retries": self._retries or None,
                 },
             )
 

@@ -1,5 +1,7 @@
 """Triton's own metrics, passed on: `/metrics/triton`, so that whoever scrapes the gateway needs no other address.
 
+Of several Tritons the first's, or with `?endpoint=HOST:PORT` that one's: together their series would be one another's.
+
 Knows Triton's port, which is the one above its gRPC, and reads it over a bare socket: a scrape that hangs is ended.
 """
 
@@ -20,7 +22,7 @@ _REQUEST = b"GET /metrics HTTP/1.0\r\nHost: triton\r\n\r\n"  # 1.0: the answer e
 
 
 async def triton_metrics(request: Request) -> Response:
-    host, port = _address(state_of(request.scope)["settings"])
+    host, port = _address(state_of(request.scope)["settings"], request.query_params.get("endpoint", ""))
     try:
         body = await asyncio.wait_for(_read(host, port), TIMEOUT_S)
     except asyncio.TimeoutError:
@@ -30,8 +32,11 @@ async def triton_metrics(request: Request) -> Response:
     return Response(body, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-def _address(settings: Settings) -> tuple[str, int]:
-    host, _, port = settings.triton_grpc.rpartition(":")
+def _address(settings: Settings, endpoint: str) -> tuple[str, int]:
+    targets = settings.tritons or [settings.triton_grpc]
+    if endpoint and endpoint not in targets:
+        raise StageError(f"'endpoint' must be one of: {', '.join(targets)}.", param="endpoint")
+    host, _, port = (endpoint or targets[0]).rpartition(":")
     return host.strip("[]"), int(port) + 1
 
 

@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 
 from gateway import listener, transitions
 from gateway.app import create_app
@@ -48,16 +50,7 @@ DRAIN_S = 20
 
 def serve(settings: Settings, catalog: Catalog, first: Sequence[str]) -> int:
     """Until SIGINT or SIGTERM; answers the exit code. The `first` pipelines are loaded before anybody asks."""
-    logs.configure(settings.log_level, settings.log_format, source="gateway")
-    keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
-    forget_secrets(os.environ)
-    listener.check_tls(settings)
-    listener.warn_if_open(settings, keys_required=keys.required)
-    listener.raise_file_limit(settings)
-    if not port_is_free(settings.port, settings.host):
-        raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
-    for name in first:
-        _pull(catalog.pipelines[name])
+    keys = set_up(settings, [catalog.pipelines[name] for name in first])
     port = int(settings.triton_grpc.rpartition(":")[2])
     log_file = cache_dir() / "logs" / f"triton-{port}.log"
     log_file.unlink(missing_ok=True)
@@ -80,6 +73,21 @@ def serve(settings: Settings, catalog: Catalog, first: Sequence[str]) -> int:
         triton.stop()
         log_lines.stop()
         kept.close()  # the last spans are those of stages that were stopped
+
+
+def set_up(settings: Settings, first: Sequence[Pipeline]) -> Keys:
+    """What a gateway needs before anything runs, whoever runs its Triton."""
+    logs.configure(settings.log_level, settings.log_format, source="gateway")
+    keys = Keys.from_env(limits=Limits(settings.key_requests_per_minute, settings.key_concurrency))
+    forget_secrets(os.environ)
+    listener.check_tls(settings)
+    listener.warn_if_open(settings, keys_required=keys.required)
+    listener.raise_file_limit(settings)
+    if not port_is_free(settings.port, settings.host):
+        raise TritonError(f"port {settings.port} is in use: choose another with --port (make serve: PORT=…)")
+    for pipeline in first:
+        _pull(pipeline)
+    return keys
 
 
 def _exit(number: int, frame: object) -> None:
@@ -141,20 +149,18 @@ class _Gateway:
             lifecycle=self._lifecycle,
             health=self._health,
         )
-        server = _Server(listener.configure(app, self._settings, timeout_graceful_shutdown=DRAIN_S))
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop, server, number)
-        greeter = asyncio.create_task(self._greet(server))
-        try:
-            await server.serve()
-        finally:
-            greeter.cancel()
-        return 0
+        return await listen(app, self._settings, self._greet(), self._stop)
 
-    def _stop(self, server: uvicorn.Server, number: int) -> None:
+    def _stop(self) -> None:
         self._health.stopping = True
-        server.handle_exit(number, None)
+
+    async def _greet(self) -> None:
+        """Once what is loaded first answers, or has failed: the log says why."""
+        for name in self._first:
+            while self._lifecycle.state(name) not in (State.READY, State.FAILED):
+                await asyncio.sleep(0.02)
+        answering = [self._catalog.pipelines[name] for name in self._first if self._lanes.ready(name)]
+        print(greeting(self._settings.url, answering, keyed=self._keys.required), flush=True)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self) -> AsyncIterator[None]:
@@ -182,13 +188,29 @@ class _Gateway:
         policies = {name: policy_of(pipeline, self._settings, gpu=self._on_gpu) for name, pipeline in changed.items()}
         self._lifecycle.change(policies, removed)
 
-    async def _greet(self, server: uvicorn.Server) -> None:
-        """Say so once what is loaded first answers, or has failed."""
-        for name in self._first:
-            while not server.started or self._lifecycle.state(name) not in (State.READY, State.FAILED):
-                await asyncio.sleep(0.02)
-            view = self._lifecycle.view(name)
-            said = f"could not be loaded: {view.reason}" if view.state is State.FAILED else "is ready"
-            print(f"  {name} {said}", file=sys.stderr)
-        answering = [self._catalog.pipelines[name] for name in self._first if self._lanes.ready(name)]
-        print(greeting(self._settings.url, answering, keyed=self._keys.required), flush=True)
+
+async def listen(
+    app: Starlette, settings: Settings, greet: Coroutine[Any, Any, None], on_stop: Callable[[], None] = lambda: None
+) -> int:
+    """Serves the app until a signal, and greets meanwhile."""
+    server = _Server(listener.configure(app, settings, timeout_graceful_shutdown=DRAIN_S))
+
+    def stop(number: int) -> None:
+        on_stop()
+        server.handle_exit(number, None)
+
+    async def greeter() -> None:
+        while not server.started:
+            await asyncio.sleep(0.02)
+        await greet
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    greeting_task = asyncio.create_task(greeter(), name="greeting")
+    try:
+        await server.serve()
+    finally:
+        greeting_task.cancel()
+        greet.close()
+    return 0

@@ -16,6 +16,7 @@ from pipelines.terms import MAX_TIMEOUT_MS
 
 PREFIX = "TRIPTYCH_"
 _MAX_IMAGE_BYTES = 2**30  # gRPC's messages end at twice that
+_TARGET = re.compile(r"[^\s/,]+:\d{1,5}")
 _ORIGIN = re.compile(r"https?://[^/\s]+")  # as a browser names one: no path, no slash at the end
 
 
@@ -29,7 +30,8 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    triton_grpc: str = "127.0.0.1:8001"
+    triton_grpc: str = "127.0.0.1:8001"  # where the Triton of our own listens
+    triton: str = ""  # HOST:PORT of others' that run already, comma-separated; then none of our own is started
     max_body_bytes: int = 1024 * 1024  # of a request, without its pictures
     max_image_bytes: int = 32 * 1024 * 1024  # of the pictures in it, as they are written there
     max_body_memory_bytes: int = 1024 * 1024 * 1024  # of all bodies at once, from their reading to their answers' end
@@ -64,8 +66,10 @@ class Settings:
     def __post_init__(self) -> None:
         self._check("host", bool(self.host), "an address to listen on")
         self._check("port", 0 <= self.port <= 65535, "0 (any free one) to 65535")
-        name, _, port = self.triton_grpc.rpartition(":")
-        self._check("triton_grpc", bool(name) and port.isdecimal(), "HOST:PORT")
+        self._check("triton_grpc", bool(_TARGET.fullmatch(self.triton_grpc)), "HOST:PORT")
+        distinct = len(set(self.tritons)) == len(self.tritons)
+        targets_good = distinct and all(map(_TARGET.fullmatch, self.tritons))
+        self._check("triton", targets_good, "HOST:PORT of running Tritons' gRPC, each once, comma-separated")
         self._check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         self._check("max_image_bytes", 0 <= self.max_image_bytes <= _MAX_IMAGE_BYTES, f"0 to {_MAX_IMAGE_BYTES}")
         largest = self.max_body_bytes + self.max_image_bytes
@@ -104,8 +108,13 @@ class Settings:
         return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
 
     @property
+    def tritons(self) -> list[str]:
+        """Those that run already; none: one of our own."""
+        return _listed(self.triton)
+
+    @property
     def origins(self) -> list[str]:
-        return [origin for part in self.cors_origins.split(",") if (origin := part.strip())]
+        return _listed(self.cors_origins)
 
     def _check(self, key: str, good: bool, wanted: str) -> None:
         if not good:
@@ -121,6 +130,10 @@ class Settings:
             if text := environ.get(key, ""):
                 values[known.name] = _integer(key, text) if isinstance(known.default, int) else text
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _listed(text: str) -> list[str]:
+    return [item for part in text.split(",") if (item := part.strip())]
 
 
 def _integer(key: str, text: str) -> int:

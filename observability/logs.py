@@ -30,6 +30,7 @@ FIELDS = (
     "duration_ms",
     "prompt_tokens",
     "output_tokens",
+    "retries",
 )
 
 LEVELS = ("debug", "info", "warning", "error", "critical")

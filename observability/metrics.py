@@ -113,6 +113,12 @@ ABORTED = Counter(
     ["pipeline", "reason"],
     registry=REGISTRY,
 )
+RETRIED = Counter(
+    "triptych_requests_retried",
+    "Choices that were asked again, since what worked on them was lost before they had said anything.",
+    ["pipeline"],
+    registry=REGISTRY,
+)
 CONNECTIONS_ENDED = Counter(
     "triptych_connections_ended",
     "Connections that the gateway ended for what the client did, by reason.",
@@ -180,6 +186,25 @@ PIPELINE_READY = Gauge(
     "triptych_pipeline_ready", "1 when the pipeline can answer, else 0.", ["pipeline"], registry=REGISTRY
 )
 
+ENDPOINT_READY = Gauge(
+    "triptych_endpoint_ready",
+    "With several Tritons: 1 where the pipeline can answer now, else 0.",
+    ["endpoint", "pipeline"],
+    registry=REGISTRY,
+)
+ENDPOINT_IN_FLIGHT = Gauge(
+    "triptych_endpoint_requests_in_flight",
+    "With several Tritons: choices that each is at work on for this gateway.",
+    ["endpoint"],
+    registry=REGISTRY,
+)
+ENDPOINT_EJECTIONS = Counter(
+    "triptych_endpoint_ejections",
+    "With several Tritons: how often each was left alone for a while, since it had lost requests or failed them.",
+    ["endpoint", "pipeline"],
+    registry=REGISTRY,
+)
+
 _ENGINE_GAUGES = {
     "running": "Sequences in the engine's step.",
     "waiting": "Sequences waiting for a place in it.",
@@ -202,15 +227,15 @@ class _Engine(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._latest: dict[str, dict[str, float]] = {}
+        self._latest: dict[tuple[str, str], dict[str, float]] = {}  # by pipeline and endpoint
 
-    def update(self, pipeline: str, counters: Mapping[str, float]) -> None:
+    def update(self, pipeline: str, counters: Mapping[str, float], endpoint: str) -> None:
         with self._lock:
-            self._latest[pipeline] = dict(counters)
+            self._latest[pipeline, endpoint] = dict(counters)
 
-    def forget(self, pipeline: str) -> None:
+    def forget(self, pipeline: str, endpoint: str) -> None:
         with self._lock:
-            self._latest.pop(pipeline, None)
+            self._latest.pop((pipeline, endpoint), None)
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
@@ -223,9 +248,11 @@ class _Engine(Collector):
             families.append((name, CounterMetricFamily(f"triptych_engine_{shown}", text, labels=["pipeline"])))
         for name, family in families:
             scale = 1e-9 if name.endswith("_ns") else 1
-            for pipeline, counters in latest.items():
+            total = "_total" if family.type == "counter" else ""
+            for (pipeline, endpoint), counters in latest.items():
                 if name in counters:
-                    family.add_metric([pipeline], counters[name] * scale)  # type: ignore[attr-defined]
+                    labels = {"pipeline": pipeline, **({"endpoint": endpoint} if endpoint else {})}
+                    family.add_sample(family.name + total, labels, counters[name] * scale)
             yield family
 
 
@@ -254,9 +281,12 @@ def exemplar(span: Span) -> dict[str, str] | None:
     return {"trace_id": str(span.trace_id)}
 
 
-def engine_counters(pipeline: str, counters: Mapping[str, float]) -> None:
-    """The engine's own latest values of the gauges and counters named above; others are ignored."""
-    _ENGINE.update(pipeline, counters)
+def engine_counters(pipeline: str, counters: Mapping[str, float], endpoint: str = "") -> None:
+    """The engine's own latest values of the gauges and counters named above; others are ignored.
+
+    Where a pipeline has several engines, each has an endpoint's name.
+    """
+    _ENGINE.update(pipeline, counters, endpoint)
 
 
 def lifecycle_state(pipeline: str, before: str, now: str) -> None:
@@ -265,9 +295,9 @@ def lifecycle_state(pipeline: str, before: str, now: str) -> None:
     LIFECYCLE_STATE.labels(pipeline, now).set(1)
 
 
-def forget_engine(pipeline: str) -> None:
+def forget_engine(pipeline: str, endpoint: str = "") -> None:
     """Its engine is gone; the series end instead of standing still."""
-    _ENGINE.forget(pipeline)
+    _ENGINE.forget(pipeline, endpoint)
 
 
 def render(accept: str = "") -> tuple[bytes, str]:

@@ -10,7 +10,8 @@ class StageError(Exception):
 
     `code` is one of: invalid_request, invalid_image, context_length_exceeded, unsupported_parameter, model_not_found,
     model_not_pulled, overloaded, unavailable, unhealthy, timeout, internal. `stage` is the stage that failed.
-    `retry_after_s` is there where who refuses knows when it would not.
+    `unavailable` and `unhealthy` are said of what should have answered (it is not there, has died or hangs), never of
+    the request. `retry_after_s` is there where who refuses knows when it would not.
     """
 
     def __init__(
@@ -29,6 +30,11 @@ class StageError(Exception):
         self.stage = stage
         self.retry_after_s = retry_after_s
 
+    @property
+    def lost(self) -> bool:
+        """Whether what worked on the request is gone, which is no verdict on the request: it may be asked again."""
+        return self.code in ("unavailable", "unhealthy")
+
     def to_json(self) -> str:
         """As it travels through Triton, whose errors are strings without codes (research: gRPC in-band errors)."""
         return json.dumps({"message": self.message, "code": self.code, "param": self.param, "stage": self.stage})
@@ -45,6 +51,13 @@ class StageError(Exception):
                 )
             except (ValueError, KeyError, TypeError):
                 pass
-        # What Triton says of a stub that is dead, or does not answer it within a second or so.
-        code = "unhealthy" if "is not healthy" in text else "internal"
-        return cls(f"stage {stage} failed: {text}", code=code, stage=stage)
+        return cls(f"stage {stage} failed: {text}", code=_code_of(text), stage=stage)
+
+
+def _code_of(text: str) -> str:
+    """By Triton's own words (2.51)."""
+    if "is not healthy" in text:  # of a stub that is dead, or does not answer it within a second or so
+        return "unhealthy"
+    if "unknown model" in text or "is not ready" in text:  # of a model that is unloaded, or of one on its way out
+        return "unavailable"
+    return "internal"

@@ -69,9 +69,7 @@ def product(tmp_path_factory: pytest.TempPathFactory, catalog: Path, otlp: Recei
 @pytest.fixture
 def own_product(tmp_path: Path, catalog: Path) -> Iterator[Product]:
     """A pipeline of one's own to break, and one beside it that shall not notice."""
-    product = Product(
-        tmp_path, "echo-slow", "echo-small", env={"TRIPTYCH_CATALOG": str(catalog), "TRIPTYCH_ACCEPT_TIMEOUT_S": "3"}
-    )
+    product = Product(tmp_path, "echo-slow", "echo-small", env={"TRIPTYCH_CATALOG": str(catalog)})
     try:
         yield product.wait_ready()
     finally:

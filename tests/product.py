@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ START_S = 180
 
 
 class Product:
-    """A running `triptych serve`."""
+    """A running `triptych serve`, of a Triton of its own or of those at `tritons`."""
 
-    def __init__(self, folder: Path, *pipelines: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *pipelines: str, env: dict[str, str] | None = None, tritons: Sequence[str] = ()
+    ) -> None:
         self.port, self.grpc_port = free_port(), free_triple()
         self.url = f"http://127.0.0.1:{self.port}"
         self.http_url = f"http://127.0.0.1:{self.grpc_port - 1}"
@@ -33,6 +36,7 @@ class Product:
         self.log = folder / f"serve-{self.port}.log"
         command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
         command += ["--triton-grpc-port", str(self.grpc_port)]
+        command += [word for target in tritons for word in ("--triton", target)]
         command += [word for name in pipelines for word in ("--pipeline", name)]
         self.cache = cache = (
             folder / f"cache-{self.port}"

@@ -70,7 +70,7 @@ def samples() -> Iterator[tuple[str, dict[str, str]]]:
         chat(http, stream=True)
         chat(http, temperature=-1)
         metrics.engine_counters(NAME, dataclasses.asdict(Counters()))
-        # What only a real lane, a slow client and a supervisor bring.
+        # What only a real lane, a slow client, a loss, a supervisor and several Tritons bring.
         metrics.LANE_LAG_SECONDS.labels(NAME).observe(0.001)
         metrics.LANE_MESSAGES.labels(NAME).inc(0)
         metrics.BLOCKED_SECONDS.labels(NAME).inc(0)
@@ -78,6 +78,10 @@ def samples() -> Iterator[tuple[str, dict[str, str]]]:
         metrics.SUPERVISOR_EVENTS.labels(NAME, "stub_died").inc(0)
         metrics.LOAD_SECONDS.labels(NAME, "weights").observe(0.1)
         metrics.COLD_STARTS.labels(NAME).observe(0.1)
+        metrics.RETRIED.labels(NAME).inc(0)
+        metrics.ENDPOINT_READY.labels("a:1", NAME).set(1)
+        metrics.ENDPOINT_IN_FLIGHT.labels("a:1").set(0)
+        metrics.ENDPOINT_EJECTIONS.labels("a:1", NAME).inc(0)
         text = http.get("/metrics", headers={"accept": OPENMETRICS}).text
         metrics.forget_engine(NAME)
     for family in text_string_to_metric_families(text):

@@ -389,7 +389,7 @@ def test_the_official_client_streams_its_choices(server, backend):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_choice_that_fails_cancels_the_others(server, backend, stream):
-    failure = StageError("No cache left.", code="unavailable", stage="generate")
+    failure = StageError("No cache left.", code="overloaded", stage="generate")
     backend.each = [[ACCEPTED, FOREVER], [ACCEPTED, 0.05, failure], [ACCEPTED, FOREVER]]
     response = server.post(CHAT_PATH, {**HELLO, "n": 3, "stream": stream})
     assert "No cache left." in response.text
@@ -1055,6 +1055,8 @@ def test_settings_come_from_the_environment():
         ("PORT", "http"),
         ("TRITON_GRPC", "localhost"),
         ("TRITON_GRPC", ":8001"),
+        ("TRITON", "a:8001,b"),
+        ("TRITON", "a:8001, a:8001"),
         ("MAX_BODY_BYTES", "0"),
         ("MAX_BODY_MEMORY_BYTES", "1000"),
         ("MAX_CONCURRENCY", "0"),

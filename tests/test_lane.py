@@ -6,13 +6,16 @@ import asyncio
 from typing import Any
 
 import pytest
+from tritonclient.grpc import service_pb2
 
 from gateway import lane
-from gateway.backend import Delta
-from gateway.lane import MAX_BACKLOG, LaneStream
+from gateway.backend import Delta, Submission
+from gateway.lane import MAX_BACKLOG, Lane, LaneStream
+from pipelines import wire
 from pipelines.chat import Event
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
+from pipelines.pipeline import Pipeline
 
 
 def run(scenario: Any) -> list[str]:
@@ -136,3 +139,127 @@ def test_a_burst_is_not_a_slow_client() -> None:
         assert (len(delta.texts), delta.finish_reason) == (3000, "stop")
 
     assert run(scenario) == []
+
+
+# A lane, by what its gRPC stream answers.
+
+
+class ScriptedCall:
+    """What `infer` gives: its requests are noted, its responses are put in."""
+
+    def __init__(self) -> None:
+        self.responses: asyncio.Queue[Any] = asyncio.Queue()
+        self.asked: list[Any] = []
+
+    def __call__(self, requests: Any) -> ScriptedCall:
+        self.reading = asyncio.ensure_future(self._note(requests))
+        return self
+
+    async def _note(self, requests: Any) -> None:
+        async for request in requests:
+            self.asked.append(service_pb2.ModelInferRequest.FromString(request))
+
+    async def read(self) -> Any:
+        return await self.responses.get()
+
+    def cancel(self) -> None:
+        self.reading.cancel()
+
+    def tell(self, *events: Event) -> None:
+        response = service_pb2.ModelStreamInferResponse()
+        data = wire.pack_events(events, {})
+        response.infer_response.raw_output_contents.append(len(data).to_bytes(4, "little") + data)
+        self.responses.put_nowait(response)
+
+    def refuse(self, id: str, message: str) -> None:
+        response = service_pb2.ModelStreamInferResponse(error_message=message)
+        response.infer_response.id = id
+        self.responses.put_nowait(response)
+
+
+def with_lane(scenario: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "_RECONNECT_S", 0.0)
+
+    async def main() -> None:
+        calls: list[ScriptedCall] = []
+
+        def infer(requests: Any) -> ScriptedCall:
+            calls.append(ScriptedCall())
+            return calls[-1](requests)
+
+        pipeline = Pipeline(name="m", source="path:none")
+        tested = Lane(pipeline, infer, 5.0, lambda pipeline, stage: None, endpoint="")
+        running = asyncio.create_task(tested.run())
+        try:
+            while not calls:
+                await asyncio.sleep(0)
+            calls[0].tell()
+            while not tested.ready:
+                await asyncio.sleep(0)
+            await scenario(tested, calls)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def asked(id: str) -> Submission:
+    return Submission(id, "m", {"text": "?"}, "{}", None)
+
+
+UNKNOWN = "[request id: b.1] Request for unknown model: 'm-orchestrator' has no available versions"
+
+
+@pytest.mark.parametrize("message", [UNKNOWN, StageError("no lane", code="unavailable").to_json()])
+def test_an_orchestrator_that_is_unloaded_ends_what_it_has(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """It refuses what is new, which is a loss and no verdict; the lane is left when its last stream has ended."""
+
+    async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
+        running, new, gone = [await tested.submit(asked(id)) for id in ("a.1", "b.1", "c.1")]
+        gone.cancel()
+        calls[0].tell(Event("a.1", ["x"], prompt_tokens=1))
+        calls[0].refuse("b.1", message)
+        calls[0].refuse("", message)  # the cancel
+        with pytest.raises(StageError) as refused:
+            await new.next()
+        assert refused.value.lost
+        with pytest.raises(StageError, match="not ready"):
+            await tested.submit(asked("d.1"))
+        assert (await running.next()).texts == ["x"]
+        calls[0].tell(Event("a.1", ["y"], "stop", 1, 2))
+        assert (await running.next()).finish_reason == "stop"
+        while len(calls) < 2:
+            await asyncio.sleep(0)
+        calls[1].tell()
+        while not tested.ready:
+            await asyncio.sleep(0)
+
+    with_lane(scenario, monkeypatch)
+
+
+def test_a_refusal_of_what_was_cancelled_concerns_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, it was taken for the lane's own, and lost all of its streams."""
+
+    async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
+        running, gone = [await tested.submit(asked(id)) for id in ("a.1", "b.1")]
+        gone.cancel()
+        calls[0].refuse("b.1", StageError("no such thing", param="x").to_json())
+        calls[0].tell(Event("a.1", ["x"], "stop", 1, 1))
+        assert (await running.next()).texts == ["x"]
+        assert (len(calls), tested.ready) == (1, True)
+
+    with_lane(scenario, monkeypatch)
+
+
+def test_a_lane_that_is_refused_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
+        running = await tested.submit(asked("a.1"))
+        while len(calls[0].asked) < 2:
+            await asyncio.sleep(0)
+        calls[0].refuse(calls[0].asked[0].id, UNKNOWN)
+        with pytest.raises(StageError, match="was lost") as lost:
+            await running.next()
+        assert lost.value.lost
+
+    with_lane(scenario, monkeypatch)

@@ -227,3 +227,28 @@ def test_an_endless_answer_is_cut_off(monkeypatch):
     monkeypatch.setattr(scrape, "_MOST_BYTES", 1000)
     with triton(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 2000) as address:
         assert _scraped(address).status_code == 503
+
+
+def test_of_several_engines_each_has_its_endpoint():
+    metrics.engine_counters("m", {"steps": 3}, "a:1")
+    metrics.engine_counters("m", {"steps": 5}, "b:1")
+    metrics.engine_counters("m", {"steps": 7})
+    steps = "triptych_engine_steps_total"
+    for accept in ("", OPENMETRICS):
+        got = _samples(accept)
+        assert [got[steps, _labels(pipeline="m", endpoint=name)] for name in ("a:1", "b:1")] == [3, 5]
+        assert got[steps, _labels(pipeline="m")] == 7
+    metrics.forget_engine("m", "a:1")
+    assert (steps, _labels(pipeline="m", endpoint="a:1")) not in _samples()
+    metrics.forget_engine("m", "b:1")
+    metrics.forget_engine("m")
+
+
+def test_of_several_tritons_one_is_asked_for_by_name():
+    body = b"nv_inference_count 5\n"
+    with triton(b"HTTP/1.1 200 OK\r\n\r\n", body) as address:
+        with client(Backend(), triton=f"127.0.0.1:1,{address}") as http:
+            assert http.get("/metrics/triton").status_code == 503  # the first's
+            unknown = http.get("/metrics/triton?endpoint=example.com:8001")
+            assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "endpoint")
+            assert http.get(f"/metrics/triton?endpoint={address}").content == body

@@ -185,6 +185,15 @@ def test_a_foreign_error_is_internal_to_its_stage(text: str) -> None:
     assert (error.code, error.stage) == ("internal", "generate")
 
 
+def test_a_model_that_is_not_there_is_named_so() -> None:
+    for text in (
+        "Request for unknown model: 'echo-orchestrator' has no available versions",
+        "Error when running inference: Failed for execute the inference request. Model 'echo-generate' is not ready.",
+    ):
+        assert StageError.from_text(text, stage="generate").lost
+    assert not StageError.from_text("out of memory", stage="generate").lost
+
+
 def test_an_unhealthy_stub_is_named_so() -> None:
     text = "Stub process 'echo-preprocess_0_0' is not healthy."
     assert StageError.from_text(text, stage="preprocess").code == "unhealthy"

@@ -66,6 +66,7 @@ class Ready:
 
     memory: Memory | None = None
     phases: Mapping[str, float] = field(default_factory=dict)  # seconds
+    can_park: bool = True
 
 
 class Performer(Protocol):
@@ -154,6 +155,7 @@ class Lifecycle:
         self._on_state = on_state
         self._states: dict[str, State] = dict.fromkeys(policies, State.COLD)
         self._turns: dict[str, asyncio.Future[None]] = {}
+        self._again: dict[str, asyncio.Future[None]] = {}  # turns of requests that have lost their place
         self._works: dict[str, tuple[Action, float, asyncio.Task[None]]] = {}  # and since when
         self._worked: dict[str, Worked] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -209,8 +211,19 @@ class Lifecycle:
         if place.cold and (worked := self._worked.get(place.pipeline)) and worked.ended >= place.asked:
             place.worked = worked
 
+    async def again(self, place: Place) -> None:
+        """Of a request that has lost its place with its pipeline: until it has another. Any of its choices may ask."""
+        if self._scheduler.runs(place.request):
+            return
+        if (turn := self._again.get(place.request)) is None:
+            turn = self._again[place.request] = asyncio.ensure_future(self.start(place))
+            turn.add_done_callback(lambda _: self._again.pop(place.request, None))
+        await asyncio.shield(turn)
+
     def finish(self, place: Place) -> None:
         """It has ended, however. Of one that was lost with its pipeline nothing need be said, and may."""
+        if turn := self._again.pop(place.request, None):
+            turn.cancel()
         self._step(Finished(place.request, time.monotonic()))
 
     def waiting(self, pipeline: str) -> int:
@@ -304,7 +317,7 @@ class Lifecycle:
         pipeline, performer = action.pipeline, self._performer
         if isinstance(action, Load):
             ready = await performer.load(pipeline)
-            return Loaded(pipeline, time.monotonic(), ready.memory, ready.phases)
+            return Loaded(pipeline, time.monotonic(), ready.memory, ready.phases, ready.can_park)
         if isinstance(action, Park):
             parked = await performer.park(pipeline)
             return Parked(pipeline, time.monotonic(), parked)

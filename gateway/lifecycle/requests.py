@@ -68,6 +68,9 @@ class Requests:
         self._running[waiter.request] = row
         self.actions.append(Start(waiter.request, row.name))
 
+    def runs(self, request: str) -> bool:
+        return request in self._running
+
     def fill(self, row: Row, now: float) -> None:
         """As many waiters start as there are places for."""
         count = 0

@@ -193,6 +193,8 @@ class Residency:
         if row := self._ended(event.pipeline, Work.LOAD):
             row.load_s.add(self.now - row.work_since)
             row.phases, row.reason = event.phases, ""
+            if not event.can_park:
+                row.parked = None
             self._ready(row, event.memory)
 
     def woken(self, event: Woken) -> None:

@@ -104,6 +104,9 @@ class Scheduler:
         row = self._rows[pipeline]
         return estimate.view(row, self._residency.budget.held(pipeline), self.eta(pipeline, now), now)
 
+    def runs(self, request: str) -> bool:
+        return self._requests.runs(request)
+
     def waiting(self, pipeline: str) -> int:
         """How many requests wait for it."""
         row = self._known(pipeline)

@@ -115,6 +115,7 @@ class Loaded:
     now: float
     memory: Memory | None = None  # measured; None: as expected
     phases: Mapping[str, float] = field(default_factory=dict)  # seconds
+    can_park: bool = True  # as far as its policy has it parked
 
 
 @dataclass(frozen=True, slots=True)
