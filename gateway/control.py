@@ -13,7 +13,7 @@ import orjson
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.lane import RECONNECT
-from pipelines import contracts
+from pipelines import contracts, wire
 from pipelines.errors import StageError
 
 _UNLOAD_S = 30.0
@@ -66,6 +66,20 @@ class Control:
         answer = await self._call(self._stub.ModelInfer, request, timeout_s, stage="generate")
         said: dict[str, Any] = orjson.loads(answer.raw_output_contents[0][4:])  # a BYTES element begins with its length
         return said
+
+    async def probe(self, model: str, stage: str, timeout_s: float) -> None:
+        """Returns if the process of this generate or postprocess answers; raises StageError, `lost`, if it does not."""
+        if stage == "generate":
+            await self.operate(model, "counters", timeout_s)
+            return
+        request = service_pb2.ModelInferRequest(model_name=model)
+        ids, rows = wire.pack_windows([])
+        request.inputs.add(name=contracts.OUTPUT_IDS.name, datatype=contracts.OUTPUT_IDS.wire_dtype, shape=[len(ids)])
+        request.inputs.add(name=contracts.ROWS.name, datatype=contracts.ROWS.wire_dtype, shape=[1])
+        request.raw_input_contents.extend((b"", len(rows).to_bytes(4, "little") + rows))
+        request.outputs.add(name=contracts.ROWS.name)
+        request.parameters["per_token"].bool_param = False
+        await self._call(self._stub.ModelInfer, request, timeout_s, stage=stage)
 
     async def _call(self, method: Any, request: Any, timeout_s: float, stage: str = "") -> Any:
         try:

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from tritonclient.grpc import service_pb2
@@ -42,6 +42,45 @@ RECONNECT = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+
+class Listener(Protocol):
+    """Who hears what lanes do: `gateway.guard`."""
+
+    def opened(self, pipeline: str) -> None: ...
+
+    def closed(self, pipeline: str) -> None: ...
+
+    def heard(self, pipeline: str, counters: Mapping[str, float]) -> None: ...
+
+    def submitted(self, pipeline: str, id: str) -> None:
+        """One without pictures, which preprocess takes at once."""
+
+    def taken(self, pipeline: str, id: str) -> None: ...
+
+    def ended(self, pipeline: str, id: str) -> None: ...
+
+
+class Nobody:
+    """Where others' Tritons are used, they look after them."""
+
+    def opened(self, pipeline: str) -> None:
+        pass
+
+    def closed(self, pipeline: str) -> None:
+        pass
+
+    def heard(self, pipeline: str, counters: Mapping[str, float]) -> None:
+        pass
+
+    def submitted(self, pipeline: str, id: str) -> None:
+        pass
+
+    def taken(self, pipeline: str, id: str) -> None:
+        pass
+
+    def ended(self, pipeline: str, id: str) -> None:
+        pass
 
 
 class LaneStream:
@@ -146,8 +185,10 @@ class Lane:
         accept_timeout_s: float,
         on_unhealthy: Callable[[str, str], None],
         endpoint: str,
+        listener: Listener,
     ) -> None:
         self.pipeline = pipeline
+        self._told = listener
         self._endpoint = endpoint
         self._on_unhealthy = on_unhealthy
         self._accept_timeout_s = accept_timeout_s
@@ -176,6 +217,8 @@ class Lane:
         if not self.ready:
             raise StageError(f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable")
         stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel, self._accept_timeout_s)
+        if not self._brings_images(submission):
+            self._told.submitted(self.pipeline.name, submission.id)
         parameters: dict[str, str | int] = {"listener": self._listener, contracts.OPERATION: "submit"}
         if submission.traceparent:
             parameters["traceparent"] = submission.traceparent
@@ -186,6 +229,12 @@ class Lane:
         else:
             self._out.put_nowait(request)
         return stream
+
+    def _brings_images(self, submission: Submission) -> bool:
+        messages = submission.inputs.get(contracts.MESSAGES.name, b"")
+        return self.pipeline.takes_images and b"image_url" in (
+            messages if isinstance(messages, bytes) else str(messages).encode()
+        )
 
     def _submit_alone(self, stream: LaneStream, request: bytes, traceparent: str) -> None:
         """On a stream that has the header: Triton reads it once a stream, and traces every request on that. What the
@@ -268,6 +317,7 @@ class Lane:
 
     def _cancel(self, id: str) -> None:
         self._streams.pop(id, None)
+        self._told.ended(self.pipeline.name, id)
         if submission := self._alone.get(id):  # the cancel must not come before it, by another stream
             submission.add_done_callback(lambda _: self._cancel(id))
             return
@@ -294,6 +344,7 @@ class Lane:
                 self._share(event)
             if counters:
                 metrics.engine_counters(self.pipeline.name, counters, self._endpoint)
+            self._told.heard(self.pipeline.name, counters)
         self._received.inc()
         self._messages += 1
         if self._leaving:
@@ -305,6 +356,7 @@ class Lane:
     def _refused(self, id: str, error: StageError) -> None:
         """A request was not taken. Where the orchestrator is gone, or another than has our lane, none will be: whoever
         waits on the lane is still served, by an orchestrator that is being unloaded."""
+        self._told.ended(self.pipeline.name, id)
         stream = self._streams.pop(id, None)
         if stream:
             stream.fail(error)
@@ -321,6 +373,8 @@ class Lane:
     def _share(self, event: Event) -> None:
         if event.error and event.error.code == "unhealthy":
             self._on_unhealthy(self.pipeline.name, event.error.stage)
+        if event.prompt_tokens or event.error:  # its first: preprocess has done its part
+            self._told.taken(self.pipeline.name, event.id)
         stream = self._streams.pop(event.id, None) if event.last else self._streams.get(event.id)
         if stream:
             stream.push(event)
@@ -345,9 +399,16 @@ class Lanes:
     """
 
     def __init__(
-        self, target: str, pipelines: Mapping[str, Pipeline], *, accept_timeout_s: float, endpoint: str = ""
+        self,
+        target: str,
+        pipelines: Mapping[str, Pipeline],
+        *,
+        accept_timeout_s: float,
+        endpoint: str = "",
+        listener: Listener | None = None,
     ) -> None:
         self._target = target
+        self._listener = listener or Nobody()
         self._endpoint = endpoint
         self._accept_timeout_s = accept_timeout_s
         self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the loader's
@@ -379,7 +440,15 @@ class Lanes:
 
     def open(self, pipeline: str) -> Lane:
         """A lane to a pipeline whose models are loaded: it connects, and stays connected until it is closed."""
-        lane = Lane(self._pipelines[pipeline], self._infer, self._accept_timeout_s, self._unhealthy, self._endpoint)
+        lane = Lane(
+            self._pipelines[pipeline],
+            self._infer,
+            self._accept_timeout_s,
+            self._unhealthy,
+            self._endpoint,
+            self._listener,
+        )
+        self._listener.opened(pipeline)
         self._lanes[pipeline] = lane
         self._tasks[pipeline] = asyncio.create_task(lane.run(), name=f"lane {pipeline}")
         return lane
@@ -387,6 +456,7 @@ class Lanes:
     async def close(self, pipeline: str) -> None:
         """The orchestrator ends it: nothing of it is in flight in Triton then."""
         if lane := self._lanes.pop(pipeline, None):
+            self._listener.closed(pipeline)
             lane.close()
             await self._end([self._tasks.pop(pipeline)])
             metrics.forget_engine(pipeline, self._endpoint)
@@ -394,6 +464,7 @@ class Lanes:
     def lose(self, pipeline: str, error: StageError) -> None:
         """The pipeline has died: its lane is over, and whoever waits on it is told."""
         if lane := self._lanes.pop(pipeline, None):
+            self._listener.closed(pipeline)
             lane.lose(error)
             del self._tasks[pipeline]
             metrics.forget_engine(pipeline, self._endpoint)  # its counts start anew

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway.control import Away, Control
+from gateway.guard import Guard
 from gateway.lane import Lanes
 from gateway.lifecycle.budget import Memory
 from gateway.lifecycle.driver import Ready
 from gateway.supervisor import Supervisor
 from gateway.triton import Stub
+from gateway.watchdog import Stall
 from observability import metrics
 from pipelines.contracts import ENSEMBLE, MODELS, model_name
 from pipelines.errors import StageError
@@ -46,6 +48,7 @@ class Loader:
         lanes: Lanes,
         pipelines: Mapping[str, Pipeline],
         repository: Path,
+        guard: Guard,
         on_lost: Callable[[str, str], None],
     ) -> None:
         """`pipelines` may change. `on_lost` hears of a pipeline at rest that has died, and why."""
@@ -58,7 +61,9 @@ class Loader:
         self._up = asyncio.Event()
         self._loaded: set[str] = set()
         self._broken: dict[str, set[str]] = {}  # by pipeline, the models to be replaced
-        lanes.on_unhealthy = self.end
+        self._hung: dict[tuple[str, str], str] = {}  # by pipeline and stage, how those were that are being ended
+        lanes.on_unhealthy = self.unhealthy
+        guard.end = self.hangs
 
     @property
     def triton_is_there(self) -> bool:
@@ -117,7 +122,8 @@ class Loader:
         metrics.SUPERVISOR_EVENTS.labels(pipeline, "stub_died").inc()
         # The orchestrator's call in flight to the dead stage never returns, and its poller's thread with it.
         self._broken.setdefault(pipeline, set()).update({stage, _ORCHESTRATOR})
-        message = f"The {stage} stage of '{pipeline}' died; it is being replaced."
+        how = self._hung.pop((pipeline, stage), "died")
+        message = f"The {stage} stage of '{pipeline}' {how}; it is being replaced."
         self._lose(pipeline, StageError(message, code="unavailable", stage=stage))
 
     def triton_died(self) -> None:
@@ -129,10 +135,19 @@ class Loader:
     def triton_is_up(self) -> None:
         self._up.set()
 
-    def end(self, pipeline: str, stage: str) -> None:
-        """A stub that Triton finds unhealthy answers no more: it is ended, and then replaced like a dead one."""
-        log.error("stage %s of %s does not answer", stage, pipeline, extra={"pipeline": pipeline, "stage": stage})
+    def unhealthy(self, pipeline: str, stage: str) -> None:
+        """Triton finds that this stub answers no more, and does nothing about it."""
         metrics.SUPERVISOR_EVENTS.labels(pipeline, "stub_unhealthy").inc()
+        self._end(pipeline, stage, "does not answer")
+
+    def hangs(self, stall: Stall) -> None:
+        metrics.SUPERVISOR_EVENTS.labels(stall.pipeline, "stub_hung").inc()
+        self._end(stall.pipeline, stall.stage, f"hung ({stall.reason})")
+
+    def _end(self, pipeline: str, stage: str, how: str) -> None:
+        """It is then replaced like a dead one."""
+        log.error("stage %s of %s %s", stage, pipeline, how, extra={"pipeline": pipeline, "stage": stage})
+        self._hung[pipeline, stage] = how
         self._supervisor.end(model_name(pipeline, stage))
 
     def _lose(self, pipeline: str, error: StageError) -> None:

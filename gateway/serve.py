@@ -24,6 +24,7 @@ from gateway.app import create_app
 from gateway.catalog import Catalog
 from gateway.control import Control
 from gateway.greeting import greeting
+from gateway.guard import Guard
 from gateway.health import Health
 from gateway.kept import Kept
 from gateway.keys import Keys, forget_secrets
@@ -36,6 +37,7 @@ from gateway.ratelimit import Limits
 from gateway.settings import Settings
 from gateway.supervisor import START_S, Supervisor
 from gateway.triton import Triton, TritonError, port_is_free
+from gateway.watchdog import Patience
 from observability import logs
 from observability.keeping import Traces
 from observability.triton_log import Follower
@@ -130,11 +132,25 @@ class _Gateway:
         self._traces = traces
         limits = limits_of(settings)
         self._on_gpu = limits.memory.gpu > 0
-        self._lanes = Lanes(settings.triton_grpc, catalog.pipelines, accept_timeout_s=settings.accept_timeout_s)
         self._control = Control(settings.triton_grpc)
         self._supervisor = Supervisor(triton, self._control)
-        repository = triton.repository
-        self._loader = Loader(self._control, self._supervisor, self._lanes, catalog.pipelines, repository, self._lost)
+        patience = Patience(token_gap_s=settings.token_gap_s, accept_s=settings.accept_timeout_s)
+        self._guard = Guard(self._control, self._supervisor, patience)
+        self._lanes = Lanes(
+            settings.triton_grpc,
+            catalog.pipelines,
+            accept_timeout_s=settings.accept_timeout_s,
+            listener=self._guard,
+        )
+        self._loader = Loader(
+            self._control,
+            self._supervisor,
+            self._lanes,
+            catalog.pipelines,
+            triton.repository,
+            self._guard,
+            self._lost,
+        )
         policies = {name: policy_of(pipeline, settings, gpu=self._on_gpu) for name, pipeline in self._served()}
         self._lifecycle = Lifecycle(limits, policies, self._loader, transitions.tell)
         self._health = Health(self._lifecycle, self._lanes, first, lambda: self._loader.triton_is_there, catalog.broken)
@@ -167,6 +183,7 @@ class _Gateway:
         async with self._control, self._lanes:
             tasks = [
                 asyncio.create_task(self._supervisor.run(self._loader), name="supervisor"),
+                asyncio.create_task(self._guard.run(), name="guard"),
                 asyncio.create_task(self._catalog.watch(self._catalog_changed), name="catalog"),
             ]
             self._lifecycle.open()

@@ -45,6 +45,7 @@ class Settings:
     max_choices: int = 16  # of one request: n of each prompt
     max_timeout_ms: int = 3_600_000  # the longest that a request may give itself; a longer one is cut to it
     accept_timeout_s: int = 30  # for a pipeline to take a request: preprocess, which takes milliseconds
+    token_gap_s: int = 60  # in which an engine that has requests must have made a step, else it hangs; 0: never mind
     key_requests_per_minute: int = 0  # of a key that says nothing else; 0 is no limit
     key_concurrency: int = 0  # and how many of its requests at a time
     cors_origins: str = ""  # of web pages that may ask, comma-separated, or *
@@ -78,6 +79,7 @@ class Settings:
         self._check("max_choices", self.max_choices >= 1, "1 or more")
         self._check("max_timeout_ms", 1 <= self.max_timeout_ms <= MAX_TIMEOUT_MS, f"1 to {MAX_TIMEOUT_MS}")
         self._check("accept_timeout_s", self.accept_timeout_s >= 1, "1 or more")
+        self._check("token_gap_s", self.token_gap_s >= 0, "0 (never mind) or more")
         self._check("log_level", self.log_level in LEVELS, ", ".join(LEVELS))
         self._check("log_format", self.log_format in FORMATS, ", ".join(FORMATS))
         self._check("trace_ring", self.trace_ring >= 0, "0 (no traces are kept) or more")
