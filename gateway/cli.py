@@ -45,7 +45,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         if settings.tritons:
             return attach(settings, [get_pipeline(name) for name in named or DEFAULTS])
-        return serve(settings, Catalog(only=named), named or DEFAULTS)
+        return serve(settings, Catalog(only=named), () if options.cold else named or DEFAULTS)
     except TritonError as error:
         return _say(error)
 
@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"serve this one alone, repeatable (the whole catalog, with {' and '.join(DEFAULTS)} loaded)",
     )
+    serve.add_argument("--cold", action="store_true", help="load nothing before it is asked for")
     serve.set_defaults(run=_serve)
 
     pull = commands.add_parser("pull", help="fetch a pipeline's weights")

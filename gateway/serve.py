@@ -171,11 +171,14 @@ class _Gateway:
         self._health.stopping = True
 
     async def _greet(self) -> None:
-        """Once what is loaded first answers, or has failed: the log says why."""
+        """Once what is loaded first answers, or has failed: the log says why. Where nothing is, at once."""
         for name in self._first:
             while self._lifecycle.state(name) not in (State.READY, State.FAILED):
                 await asyncio.sleep(0.02)
-        answering = [self._catalog.pipelines[name] for name in self._first if self._lanes.ready(name)]
+        pipelines = self._catalog.pipelines
+        answering = [pipelines[name] for name in self._first if self._lanes.ready(name)]
+        if not self._first:
+            answering = [pipeline for pipeline in pipelines.values() if is_pulled(pipeline)]
         print(greeting(self._settings.url, answering, keyed=self._keys.required), flush=True)
 
     @contextlib.asynccontextmanager

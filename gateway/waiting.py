@@ -7,6 +7,7 @@ that does not look for them does not see them (WHATWG HTML, 9.2.6: a line that b
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -46,6 +47,7 @@ class Opened:
 
 async def while_loading(turn: Coroutine[Any, Any, None], send: Opened, progress: Callable[[], Progress]) -> None:
     """Until the turn has come, or raises what it raised."""
+    began = time.monotonic()
     waiting = asyncio.ensure_future(turn)
     try:
         pause = HEADERS_S
@@ -53,6 +55,8 @@ async def while_loading(turn: Coroutine[Any, Any, None], send: Opened, progress:
             pause = COMMENT_S if send.opened else FIRST_COMMENT_S
             await send.comment(comment(progress()))
         waiting.result()
+        if send.opened:
+            await send.comment(f"ready: cold_start_ms={1000 * (time.monotonic() - began):.0f}")
     finally:
         if not waiting.done():
             waiting.cancel()

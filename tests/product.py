@@ -27,7 +27,12 @@ class Product:
     """A running `triptych serve`, of a Triton of its own or of those at `tritons`."""
 
     def __init__(
-        self, folder: Path, *pipelines: str, env: dict[str, str] | None = None, tritons: Sequence[str] = ()
+        self,
+        folder: Path,
+        *pipelines: str,
+        env: dict[str, str] | None = None,
+        tritons: Sequence[str] = (),
+        cold: bool = False,
     ) -> None:
         self.port, self.grpc_port = free_port(), free_triple()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -37,6 +42,7 @@ class Product:
         command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
         command += ["--triton-grpc-port", str(self.grpc_port)]
         command += [word for target in tritons for word in ("--triton", target)]
+        command += ["--cold"] if cold else []
         command += [word for name in pipelines for word in ("--pipeline", name)]
         self.cache = cache = (
             folder / f"cache-{self.port}"
@@ -128,6 +134,17 @@ class Product:
             for sample in samples
             if sample.name == "triptych_supervisor_events_total"
         }
+
+    def state(self, pipeline: str) -> dict[str, Any]:
+        """As /admin/pipelines shows it."""
+        status, shown = self.get(f"/admin/pipelines/{pipeline}")
+        assert status == 200, shown
+        return dict(shown)
+
+    def tell(self, pipeline: str, operation: str) -> int:
+        asked = urllib.request.Request(f"{self.url}/admin/pipelines/{pipeline}/{operation}", method="POST")
+        with urllib.request.urlopen(asked, timeout=10) as response:
+            return int(response.status)
 
     def get(self, path: str) -> tuple[int, Any]:
         try:
