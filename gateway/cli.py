@@ -58,11 +58,11 @@ def _pull(options: argparse.Namespace) -> int:
 def _pipelines(options: argparse.Namespace) -> int:
     from pipelines.sources import is_pulled, size_on_disk
 
-    ready = _ready(_settings(options))
+    states = _states(_settings(options))
     rows = [("NAME", "STATE", "ENGINE", "SIZE", "LICENCE", "SOURCE")]
     for pipeline in load_catalog().values():
         pulled = is_pulled(pipeline)
-        state = "ready" if pipeline.name in ready else "pulled" if pulled else "not pulled"
+        state = states.get(pipeline.name, "pulled") if pulled else "not pulled"
         size = f"{size_on_disk(pipeline) / 1e6:.0f} MB" if pulled else f"{pipeline.size_mb} MB to pull"
         engine = ", ".join(filter(None, (pipeline.engine, _way(pipeline).partition(": ")[0])))
         rows.append((pipeline.name, state, engine, size, pipeline.licence, pipeline.source))
@@ -108,25 +108,19 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(_settings(options))
 
 
-def _ready(settings: Settings) -> set[str]:
-    """The pipelines that a running gateway can answer for; none if there is no gateway."""
-    models = urllib.request.Request(f"{settings.url}/v1/models")
-    if key := keys.own_key(os.environ):
-        models.add_header("authorization", f"Bearer {key}")
+def _states(settings: Settings) -> dict[str, str]:
+    """What a running gateway says of its pipelines; nothing if there is none, or it does not say so to us."""
+    asked = urllib.request.Request(f"{settings.url}/admin/pipelines")
+    if key := os.environ.get(keys.ADMIN_KEY, ""):
+        asked.add_header("authorization", f"Bearer {key}")
     try:
         context = ssl.create_default_context(cafile=settings.tls_cert) if settings.tls_cert else None
         if context:
             context.check_hostname = False  # the certificate is known, whatever name it is for
-        with urllib.request.urlopen(models, timeout=1, context=context) as response:
-            served = {model["id"] for model in json.load(response)["data"]}
-        try:
-            with urllib.request.urlopen(f"{settings.url}/health/ready", timeout=1, context=context) as response:
-                health = json.load(response)
-        except urllib.error.HTTPError as error:
-            health = json.load(error)
-        return served - set(health["not_ready"])
+        with urllib.request.urlopen(asked, timeout=2, context=context) as response:
+            return {shown["pipeline"]: shown["state"] for shown in json.load(response)["data"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        return {}
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -203,12 +203,6 @@ class Keys:
         return cls(fixed, file, admin, _file(ADMIN_KEY_FILE, environ, UNLIMITED, clock))
 
 
-def own_key(environ: Mapping[str, str]) -> str:
-    """One that this environment has, to ask a gateway that has the same; "" if it has none."""
-    first = environ.get(API_KEYS, "").partition(",")[0].strip()
-    return environ.get(ADMIN_KEY, "").strip() or first.partition(":")[2] or first
-
-
 def forget_secrets(environ: MutableMapping[str, str]) -> None:
     """So that no child process inherits a key."""
     for variable in (API_KEYS, ADMIN_KEY):

