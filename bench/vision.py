@@ -1,10 +1,11 @@
-"""Pictures: what decoding costs, what the preprocess stage makes of them a second, and how long a first token takes.
+"""Pictures: what decoding costs, what the preprocess stage makes of them a second, how long a first token takes, and
+how soon a hostile one is refused.
 
     python -m bench.vision [--rounds 5] [--pictures 40]
 
 The second compares Triton's preprocess model, with one and two instances, in interleaved rounds with Pillow and the
 model's own processor called directly, in as many processes. Both are given the same JPEGs and PNGs. The processor is
-LLaVA-1.5's: 336 x 336, 576 tokens a picture. The third is `shapes-vlm` over HTTP.
+LLaVA-1.5's: 336 x 336, 576 tokens a picture. The third and the fourth are `shapes-vlm` over HTTP.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -240,9 +242,8 @@ def preprocessing(served: Served, rounds: int, count: int) -> list[tuple[str, in
 
 def first_tokens(served: Served, rounds: int) -> dict[str, float]:
     """A 2 MP JPEG over HTTP for one token: by stage as Server-Timing says, in ms, and all of it."""
-    data = base64.b64encode(encoded(photograph(2), "JPEG")).decode()
     parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
+        {"type": "image_url", "image_url": {"url": _uri("jpeg", encoded(photograph(2), "JPEG"))}},
         {"type": "text", "text": QUESTION},
     ]
     body = {"model": PIPELINE, "messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0}
@@ -266,6 +267,53 @@ def first_tokens(served: Served, rounds: int) -> dict[str, float]:
     return {name: median(values) for name, values in times.items()}
 
 
+def hostile() -> dict[str, str]:
+    """URLs that no picture is had from: the largest that are taken, where size matters."""
+    bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
+    bomb[16:24] = (50_000).to_bytes(4, "big") * 2
+    large = {kind: encoded(photograph(megapixels), kind) for kind, megapixels in (("JPEG", 24), ("PNG", 6))}
+    return {
+        "a JPEG of 24 MP cut off": _uri("jpeg", large["JPEG"][:-2000]),
+        "a PNG of 6 MP cut off": _uri("png", large["PNG"][:-2000]),
+        "a PNG of 2500 MP": _uri("png", bytes(bomb)),
+        "another type": _uri("webp", encoded(photograph(0.1), "JPEG")),
+        "SVG": _uri("svg+xml", b"<svg/>"),
+        "HTML": _uri("png", b"<html></html>"),
+        "base64 of 21 MB": _uri("png", bytes(21 << 20)),
+        "a metadata address": "http://169.254.169.254/latest/meta-data/",
+    }
+
+
+def refused(served: Served, rounds: int) -> dict[str, float]:
+    """Each as the second picture of a message, in ms to the 400 that names it."""
+    good = {"type": "image_url", "image_url": {"url": _uri("jpeg", encoded(photograph(0.1), "JPEG"))}}
+    found = {}
+    for name, url in hostile().items():
+        parts = [good, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+        body = json.dumps({"model": PIPELINE, "messages": [{"role": "user", "content": parts}]}).encode()
+        times = []
+        for _ in range(rounds):
+            request = urllib.request.Request(
+                f"{served.http}/v1/chat/completions", body, {"content-type": "application/json"}
+            )
+            began = time.perf_counter()
+            try:
+                urllib.request.urlopen(request, timeout=60).close()
+            except urllib.error.HTTPError as error:
+                param = json.load(error)["error"]["param"]
+                if (error.code, param) != (400, "messages[0].content[1].image_url.url"):
+                    raise ValueError(f"{name} was refused with {error.code} for {param}") from None
+            else:
+                raise ValueError(f"{name} was taken")
+            times.append((time.perf_counter() - began) * 1000)
+        found[name] = median(times)
+    return found
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -276,11 +324,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with served(Path(folder)) as product:
             rates = preprocessing(product, options.rounds, options.pictures)
             first = first_tokens(product, 4 * options.rounds)
+            refusals = refused(product, options.rounds)
     print(table(["a JPEG of … MP, ms", "Pillow", "ours", f"ours, seen at {SEES}"], decoded))
     print()
     print(table(["pictures/s", "instances", "preprocess", "directly", "ratio"], rates))
     print()
     print(table(["first token of a 2 MP JPEG, ms", "median"], list(first.items())))
+    print()
+    print(table(["refused, ms", "median"], list(refusals.items())))
     print(
         json_line(
             {
@@ -289,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "decode_reduced_ms": {str(megapixels): reduced for megapixels, _, _, reduced in decoded},
                 "preprocess_vs_direct": {f"{kind.lower()}_{number}": ratio for kind, number, _, _, ratio in rates},
                 "first_token_ms": first,
+                "refused_ms": refusals,
             }
         )
     )

@@ -70,7 +70,7 @@ def _failure(spans: Sequence[SpanData], total: float) -> str:
     deepest = max(named or failed, key=lambda span: _depth(span, by_id))
     what = deepest.attributes.get("error.type", "error")
     message = deepest.error or next((span.error for span in failed if span.error), "")
-    return f"{deepest.name} failed after {ms(total)}: {what}" + (f" ({message})." if message else ".")
+    return f"{deepest.name} failed after {ms(total)}: {what}" + (f" ({message.removesuffix('.')})." if message else ".")
 
 
 def _ratio(time: float, usual: float) -> str:

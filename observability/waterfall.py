@@ -16,7 +16,7 @@ from observability.spans import SpanData
 
 NARROWEST = 40
 _DURATION = 8
-_MOST_NAMED = 4  # of those who shared the batch
+_MOST_NAMED = 4  # of those who shared the batch, and of pictures
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,31 @@ def _notes(span: SpanData, began: int, signs: Signs) -> Iterator[tuple[str, bool
         named = ", ".join(link.trace_id[:8] for link in span.links[:_MOST_NAMED])
         more = f" and {len(span.links) - _MOST_NAMED} more" if len(span.links) > _MOST_NAMED else ""
         yield f"{signs.event} in a batch with {named}{more}", False
+    if pictures := _pictures(span.attributes):
+        yield f"{signs.event} {shown(pictures)}", False
     counts, bounds = span.attributes.get("triptych.gap_ms.counts"), span.attributes.get("triptych.gap_ms.bounds")
     if isinstance(counts, list) and isinstance(bounds, list) and any(counts) and len(counts) == len(bounds) + 1:
         edges = [f"{signs.most}{bound}" for bound in bounds] + [f">{bounds[-1]}"]
         gaps = [f"{edge} ms {signs.times}{count}" for edge, count in zip(edges, counts, strict=True) if count]
         yield f"{signs.event} between tokens {', '.join(gaps)}", False
+
+
+def _pictures(told: Mapping[str, object]) -> str:
+    """What was read, what was decoded, and what became of it, which the model's processor makes in `tokenize`."""
+    if isinstance(size := told.get("triptych.image.bytes"), int):
+        return f"{_bytes(size)}, pictures: {told.get('triptych.image.count')}"
+    if isinstance(size := told.get("triptych.features.bytes"), int):
+        return f"{_bytes(size)} of what the model sees"
+    formats, widths, heights = (told.get(f"triptych.image.{name}") for name in ("formats", "widths", "heights"))
+    if not (isinstance(formats, list) and isinstance(widths, list) and isinstance(heights, list)):
+        return ""
+    each = [f"{kind} {width} x {height}" for kind, width, height in zip(formats, widths, heights, strict=False)]
+    more = f" and {len(each) - _MOST_NAMED} more" if len(each) > _MOST_NAMED else ""
+    return ", ".join(each[:_MOST_NAMED]) + more
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1_000_000 else f"{size / 1000:.1f} kB" if size >= 1000 else f"{size} B"
 
 
 def shown(text: str) -> str:

@@ -75,6 +75,27 @@ def test_the_sentence_of_a_failure_names_its_stage():
     spans[0].error = "time is up"
     spans[6].attributes["error.type"], spans[6].error = "timeout", ""
     assert explain(spans, USUAL, 9) == "generate failed after 188 ms: timeout (time is up)."
+    spans[0].error = "Time is up."
+    assert explain(spans, USUAL, 9) == "generate failed after 188 ms: timeout (Time is up)."
+
+
+def test_pictures_are_told_where_they_were_read_decoded_and_made_features():
+    told = [
+        ({"triptych.image.count": 2, "triptych.image.bytes": 9431}, "9.4 kB, pictures: 2"),
+        (
+            {
+                "triptych.image.formats": ["PNG"] + ["JPEG"] * 5,
+                "triptych.image.widths": [320] * 6,
+                "triptych.image.heights": [240] * 6,
+            },
+            "PNG 320 x 240, JPEG 320 x 240, JPEG 320 x 240, JPEG 320 x 240 and 2 more",
+        ),
+        ({"triptych.features.bytes": 1_354_752}, "1.4 MB of what the model sees"),
+    ]
+    for attributes, note in told:
+        one = span("a", 0, 5)
+        one.attributes = attributes
+        assert f"• {note}" in "\n".join(draw([one], {}, 0, width=120))
 
 
 def test_the_sentence_of_a_client_that_left_says_when():
