@@ -2,10 +2,12 @@
 
     python -m bench.stack [--rounds 5] [--streams 1,16,64,256]
     python -m bench.stack --soak 10
+    python -m bench.stack --tracing
 
 The first compares, in interleaved rounds: one event a token through the gateway, several tokens an event, a
 bare Starlette server that writes the same bytes (`bench.bare_sse`, both kinds), and Triton called directly.
-The second runs mixed traffic and watches for hangs, errors and growth; its exit code is 1 if it saw one.
+The second runs mixed traffic and watches for hangs, errors and growth; its exit code is 1 if it saw one. The third
+compares two products, in interleaved rounds: one that keeps and exports every request's trace, one that traces nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +38,7 @@ from bench.report import json_line, median, percentile, shown, table
 from pipelines.pipeline import DEFAULT, catalog_dirs, get_pipeline
 
 TOKEN, MESSAGE = "echo-bench", "echo-bench-message"
+EVENTS = {TOKEN: "token", MESSAGE: "message"}  # what shares one, as a pipeline declares it
 PROMPT = " ".join(f"word {number}" for number in range(20))
 START_S = 300
 TOKENS = 100_000  # of all streams together in one measurement, as long as a stream gets no more than
@@ -42,6 +46,8 @@ MOST_TOKENS = 50_000
 REQUESTS = 20  # in one measurement, at least: a first token is one sample a request
 CALLS = 4  # one after the other, of each of the ensemble's callers
 TIMEOUT_S = 120
+SHORT = 64  # tokens of a short answer: where a trace, which has a size of its own, costs most
+SHORT_REQUESTS = 300  # in one measurement
 
 Measured = dict[str, float]
 
@@ -59,24 +65,31 @@ class Stack:
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[Stack]:
     """The product with the two echo pipelines, and the bare server."""
+    bare, log = processes.free_ports(), folder / "bare.log"
+    with (
+        processes.running(["bench.bare_sse", "--port", str(bare)], log) as bare_process,
+        served(folder, (TOKEN, MESSAGE), {}) as (gateway, triton, pid),
+    ):
+        processes.wait_ready(bare_process, f"http://127.0.0.1:{bare}/health/ready", log, 30)
+        yield Stack(gateway, triton, f"http://127.0.0.1:{bare}", pid)
+
+
+@contextlib.contextmanager
+def served(folder: Path, pipelines: Sequence[str], environ: Mapping[str, str]) -> Iterator[tuple[str, str, int]]:
+    """The product with echo pipelines: its gateway, its Triton, and its process."""
     catalog = folder / "catalog"
-    catalog.mkdir()
-    for name, event in ((TOKEN, "token"), (MESSAGE, "message")):
-        (catalog / f"{name}.toml").write_text(_declaration(name, event), encoding="utf-8")
+    catalog.mkdir(exist_ok=True)
+    for name in pipelines:
+        (catalog / f"{name}.toml").write_text(_declaration(name, EVENTS[name]), encoding="utf-8")
     folders = [str(part) for part in catalog_dirs()[1:]] + [str(catalog)]
-    environ = {"TRIPTYCH_CATALOG": ":".join(folders)}
-    http, bare = processes.free_ports(), processes.free_ports()
+    http = processes.free_ports()
     triton = processes.free_ports(3) + 1  # HTTP is the one below gRPC, metrics the one above
     serve = ["gateway.cli", "serve", "--port", str(http), "--triton-grpc-port", str(triton)]
-    serve += ["--pipeline", TOKEN, "--pipeline", MESSAGE]
-    bare_log, serve_log = folder / "bare.log", folder / "serve.log"
-    with (
-        processes.running(["bench.bare_sse", "--port", str(bare)], bare_log) as bare_process,
-        processes.running(serve, serve_log, environ) as serve_process,
-    ):
-        processes.wait_ready(bare_process, f"http://127.0.0.1:{bare}/health/ready", bare_log, 30)
-        processes.wait_ready(serve_process, f"http://127.0.0.1:{http}/health/ready", serve_log, START_S)
-        yield Stack(f"http://127.0.0.1:{http}", f"127.0.0.1:{triton}", f"http://127.0.0.1:{bare}", serve_process.pid)
+    serve += [word for name in pipelines for word in ("--pipeline", name)]
+    log = folder / f"serve-{http}.log"
+    with processes.running(serve, log, {**environ, "TRIPTYCH_CATALOG": ":".join(folders)}) as process:
+        processes.wait_ready(process, f"http://127.0.0.1:{http}/health/ready", log, START_S)
+        yield f"http://127.0.0.1:{http}", f"127.0.0.1:{triton}", process.pid
 
 
 def _declaration(name: str, event: str) -> str:
@@ -96,8 +109,10 @@ def _declaration(name: str, event: str) -> str:
     return f"{table}[sha256]\n{hashes}"
 
 
-async def http_streams(base: str, model: str, streams: int, tokens: int, *, usage: bool = False) -> Measured:
-    """`streams` at once, REQUESTS in all or more. Counts tokens by `usage`, or else events, of which a token without
+async def http_streams(
+    base: str, model: str, streams: int, tokens: int, *, usage: bool = False, requests: int = REQUESTS
+) -> Measured:
+    """`streams` at once, `requests` in all or more. Counts tokens by `usage`, or else events, of which a token without
     text (the chat template's markers, echoed) has none."""
     body: dict[str, Any] = {
         "model": model,
@@ -112,7 +127,7 @@ async def http_streams(base: str, model: str, streams: int, tokens: int, *, usag
         "/chat/completions",
         lambda number: body,
         concurrency=streams,
-        requests=max(streams, REQUESTS),
+        requests=max(streams, requests),
         timeout=TIMEOUT_S,
     )
     _check(results)
@@ -268,6 +283,60 @@ def _pair(latency: dict[str, float]) -> str:
     return f"{shown(latency['p50'])} / {shown(latency['p99'])}"
 
 
+@contextlib.contextmanager
+def traced_and_not(folder: Path) -> Iterator[dict[str, str]]:
+    """Two products: one exports every request's trace, to a collector that throws it away."""
+    port, log = processes.free_ports(), folder / "collector.log"
+    collector = f"http://127.0.0.1:{port}"
+    clean = {key: "" for key in os.environ if key.startswith("OTEL_")}
+    traced = {**clean, "OTEL_EXPORTER_OTLP_ENDPOINT": collector, "OTEL_TRACES_SAMPLER": "always_on"}
+    with processes.running(["bench.collector", "--port", str(port)], log) as process:
+        processes.wait_ready(process, collector, log, 30)
+        with (
+            served(folder, (TOKEN,), traced) as (one, _, _),
+            served(folder, (TOKEN,), {**clean, "OTEL_SDK_DISABLED": "true"}) as (other, _, _),
+        ):
+            yield {"traced": one, "untraced": other}
+        with urllib.request.urlopen(collector, timeout=10) as response:
+            if not int(response.read()):
+                raise RuntimeError("nothing was exported: this compared nothing")
+
+
+async def compare_tracing(gateways: dict[str, str], streams: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Medians over interleaved rounds, of long answers and of short ones; the ratios are by round."""
+    seen: dict[str, dict[str, list[float]]] = {}
+    for turn in range(-1, rounds):  # the first is a warm-up; every other is in reverse order
+        for count in streams:
+            loads = {
+                "long": (min(MOST_TOKENS, TOKENS // max(count, REQUESTS)), REQUESTS),
+                "short": (SHORT, SHORT_REQUESTS),
+            }
+            for length, (tokens, requests) in loads.items():
+                for name, gateway in (list if turn % 2 else reversed)(gateways.items()):
+                    measured = await http_streams(gateway + "/v1", TOKEN, count, tokens, requests=requests)
+                    if turn >= 0:
+                        rates = seen.setdefault(f"{length}, {count}", {})
+                        rates.setdefault(name, []).append(measured["tokens_per_s"])
+        print("warm" if turn < 0 else f"round {turn + 1} of {rounds}", file=sys.stderr)
+    return {
+        "tracing": {
+            load: {
+                **{f"{name}_tokens_per_s": median(values) for name, values in rates.items()},
+                "ratio": median([a / b for a, b in zip(rates["traced"], rates["untraced"], strict=True)]),
+            }
+            for load, rates in seen.items()
+        }
+    }
+
+
+def print_tracing(result: dict[str, Any]) -> None:
+    rows = [
+        [load, row["traced_tokens_per_s"], row["untraced_tokens_per_s"], f"{row['ratio']:.2f}"]
+        for load, row in result["tracing"].items()
+    ]
+    print("tokens a second\n" + table(["answers, streams", "every request traced", "none", "ratio"], rows))
+
+
 async def soak_for(stack: Stack, minutes: float, streams: int) -> dict[str, Any]:
     """The soak's findings."""
     direct = Direct(stack.triton)
@@ -324,6 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stack", description="The product without a model's cost.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,16,64,256", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--tracing", action="store_true", help="instead, every request traced beside none")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="mixed traffic instead, watching memory")
     parser.add_argument("--soak-streams", type=int, default=64)
     given = parser.parse_args(arguments)
@@ -332,13 +402,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--streams and --rounds must be 1 or more")
     with processes.terminated_as_exit(), tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder:
         try:
-            with started(Path(folder)) as stack:
-                if given.soak:
-                    found = uvloop.run(soak_for(stack, given.soak, given.soak_streams))
-                    print_soak(found)
-                else:
-                    found = uvloop.run(compare(stack, streams, given.rounds))
-                    print_comparison(found)
+            if given.tracing:
+                with traced_and_not(Path(folder)) as gateways:
+                    found = uvloop.run(compare_tracing(gateways, streams, given.rounds))
+                print_tracing(found)
+            else:
+                with started(Path(folder)) as stack:
+                    if given.soak:
+                        found = uvloop.run(soak_for(stack, given.soak, given.soak_streams))
+                        print_soak(found)
+                    else:
+                        found = uvloop.run(compare(stack, streams, given.rounds))
+                        print_comparison(found)
         except processes.StartError as error:
             print(f"bench.stack: {error}", file=sys.stderr)
             return 1
