@@ -50,7 +50,7 @@ def serving(
 ) -> Iterator[Served]:
     """The product with these echoes and the catalog's pipelines `beside` them, ready."""
     catalog = folder / "catalog"
-    catalog.mkdir()
+    catalog.mkdir(exist_ok=True)
     for echo in echoes:
         (catalog / f"{echo.name}.toml").write_text(echo.toml, encoding="utf-8")
     folders = [str(part) for part in catalog_dirs()[1:]] + [str(catalog)]
@@ -58,7 +58,7 @@ def serving(
     triton = processes.free_ports(3) + 1  # HTTP is the one below gRPC, metrics the one above
     serve = ["gateway.cli", "serve", "--port", str(http), "--triton-grpc-port", str(triton)]
     serve += [word for name in (*(echo.name for echo in echoes), *beside) for word in ("--pipeline", name)]
-    log, url = folder / "serve.log", f"http://127.0.0.1:{http}"
+    log, url = folder / f"serve-{http}.log", f"http://127.0.0.1:{http}"
     with processes.running(serve, log, {**(environ or {}), "TRIPTYCH_CATALOG": ":".join(folders)}) as process:
         processes.wait_ready(process, f"{url}/health/ready", log, START_S)
         yield Served(url, f"127.0.0.1:{triton}", process.pid, log)

@@ -2,10 +2,12 @@
 
     python -m bench.stack [--rounds 5] [--streams 1,16,64,256]
     python -m bench.stack --endurance 10
+    python -m bench.stack --tracing
 
 The first compares, in interleaved rounds: one event a token through the gateway, several tokens an event, a
 bare Starlette server that writes the same bytes (`bench.bare_sse`, both kinds), and Triton called directly.
-The second runs mixed traffic and watches for hangs, errors and growth; its exit code is 1 if it saw one.
+The second runs mixed traffic and watches for hangs, errors and growth; its exit code is 1 if it saw one. The third
+compares two products, in interleaved rounds: one that keeps and exports every request's trace, one that traces nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -30,16 +33,19 @@ from bench import endurance, processes
 from bench.client import Endpoint, Result
 from bench.direct import Direct
 from bench.drive import drive
-from bench.echoes import declaration, serving
+from bench.echoes import Echo, declaration, serving
 from bench.report import json_line, median, percentile, shown, table
 
 TOKEN, MESSAGE = "echo-bench", "echo-bench-message"
+EVENTS = {TOKEN: "token", MESSAGE: "message"}  # what shares one, as a pipeline declares it
 PROMPT = " ".join(f"word {number}" for number in range(20))
 TOKENS = 100_000  # of all streams together in one measurement, as long as a stream gets no more than
 MOST_TOKENS = 50_000
 REQUESTS = 20  # in one measurement, at least: a first token is one sample a request
 CALLS = 4  # one after the other, of each of the ensemble's callers
 TIMEOUT_S = 120
+SHORT = 64  # tokens of a short answer: where a trace, which has a size of its own, costs most
+SHORT_REQUESTS = 300  # in one measurement
 
 Measured = dict[str, float]
 
@@ -57,19 +63,23 @@ class Stack:
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[Stack]:
     """The product with the two echo pipelines, and the bare server."""
-    keys: dict[str, int | str] = {"max_running": 1024, "context": 2 * MOST_TOKENS}
-    echoes = [declaration(name, **keys, stream_event=event) for name, event in ((TOKEN, "token"), (MESSAGE, "message"))]
     bare, bare_log = processes.free_ports(), folder / "bare.log"
     with (
         processes.running(["bench.bare_sse", "--port", str(bare)], bare_log) as bare_process,
-        serving(folder, echoes) as served,
+        serving(folder, [_echo(TOKEN), _echo(MESSAGE)]) as served,
     ):
         processes.wait_ready(bare_process, f"http://127.0.0.1:{bare}/health/ready", bare_log, 30)
         yield Stack(served.url, served.triton, f"http://127.0.0.1:{bare}", served.pid)
 
 
-async def http_streams(base: str, model: str, streams: int, tokens: int, *, usage: bool = False) -> Measured:
-    """`streams` at once, REQUESTS in all or more. Counts tokens by `usage`, or else events, of which a token without
+def _echo(name: str) -> Echo:
+    return declaration(name, max_running=1024, context=2 * MOST_TOKENS, stream_event=EVENTS[name])
+
+
+async def http_streams(
+    base: str, model: str, streams: int, tokens: int, *, usage: bool = False, requests: int = REQUESTS
+) -> Measured:
+    """`streams` at once, `requests` in all or more. Counts tokens by `usage`, or else events, of which a token without
     text (the chat template's markers, echoed) has none."""
     body: dict[str, Any] = {
         "model": model,
@@ -84,7 +94,7 @@ async def http_streams(base: str, model: str, streams: int, tokens: int, *, usag
         "/chat/completions",
         lambda number: body,
         concurrency=streams,
-        requests=max(streams, REQUESTS),
+        requests=max(streams, requests),
         timeout=TIMEOUT_S,
     )
     _check(results)
@@ -240,6 +250,60 @@ def _pair(latency: dict[str, float]) -> str:
     return f"{shown(latency['p50'])} / {shown(latency['p99'])}"
 
 
+@contextlib.contextmanager
+def traced_and_not(folder: Path) -> Iterator[dict[str, str]]:
+    """Two products: one exports every request's trace, to a collector that throws it away."""
+    port, log = processes.free_ports(), folder / "collector.log"
+    collector = f"http://127.0.0.1:{port}"
+    clean = {key: "" for key in os.environ if key.startswith("OTEL_")}
+    traced = {**clean, "OTEL_EXPORTER_OTLP_ENDPOINT": collector, "OTEL_TRACES_SAMPLER": "always_on"}
+    with processes.running(["bench.collector", "--port", str(port)], log) as process:
+        processes.wait_ready(process, collector, log, 30)
+        with (
+            serving(folder, [_echo(TOKEN)], environ=traced) as one,
+            serving(folder, [_echo(TOKEN)], environ={**clean, "OTEL_SDK_DISABLED": "true"}) as other,
+        ):
+            yield {"traced": one.url, "untraced": other.url}
+        with urllib.request.urlopen(collector, timeout=10) as response:
+            if not int(response.read()):
+                raise RuntimeError("nothing was exported: this compared nothing")
+
+
+async def compare_tracing(gateways: dict[str, str], streams: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Medians over interleaved rounds, of long answers and of short ones; the ratios are by round."""
+    seen: dict[str, dict[str, list[float]]] = {}
+    for turn in range(-1, rounds):  # the first is a warm-up; every other is in reverse order
+        for count in streams:
+            loads = {
+                "long": (min(MOST_TOKENS, TOKENS // max(count, REQUESTS)), REQUESTS),
+                "short": (SHORT, SHORT_REQUESTS),
+            }
+            for length, (tokens, requests) in loads.items():
+                for name, gateway in (list if turn % 2 else reversed)(gateways.items()):
+                    measured = await http_streams(gateway + "/v1", TOKEN, count, tokens, requests=requests)
+                    if turn >= 0:
+                        rates = seen.setdefault(f"{length}, {count}", {})
+                        rates.setdefault(name, []).append(measured["tokens_per_s"])
+        print("warm" if turn < 0 else f"round {turn + 1} of {rounds}", file=sys.stderr)
+    return {
+        "tracing": {
+            load: {
+                **{f"{name}_tokens_per_s": median(values) for name, values in rates.items()},
+                "ratio": median([a / b for a, b in zip(rates["traced"], rates["untraced"], strict=True)]),
+            }
+            for load, rates in seen.items()
+        }
+    }
+
+
+def print_tracing(result: dict[str, Any]) -> None:
+    rows = [
+        [load, row["traced_tokens_per_s"], row["untraced_tokens_per_s"], f"{row['ratio']:.2f}"]
+        for load, row in result["tracing"].items()
+    ]
+    print("tokens a second\n" + table(["answers, streams", "every request traced", "none", "ratio"], rows))
+
+
 async def endure(stack: Stack, minutes: float, streams: int) -> dict[str, Any]:
     """The findings of minutes of mixed traffic."""
     direct = Direct(stack.triton)
@@ -296,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stack", description="The product without a model's cost.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,16,64,256", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--tracing", action="store_true", help="instead, every request traced beside none")
     parser.add_argument("--endurance", type=float, metavar="MINUTES", help="mixed traffic instead, watching memory")
     parser.add_argument("--endurance-streams", type=int, default=64)
     given = parser.parse_args(arguments)
@@ -304,13 +369,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--streams and --rounds must be 1 or more")
     with processes.terminated_as_exit(), tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder:
         try:
-            with started(Path(folder)) as stack:
-                if given.endurance:
-                    found = uvloop.run(endure(stack, given.endurance, given.endurance_streams))
-                    print_endurance(found)
-                else:
-                    found = uvloop.run(compare(stack, streams, given.rounds))
-                    print_comparison(found)
+            if given.tracing:
+                with traced_and_not(Path(folder)) as gateways:
+                    found = uvloop.run(compare_tracing(gateways, streams, given.rounds))
+                print_tracing(found)
+            else:
+                with started(Path(folder)) as stack:
+                    if given.endurance:
+                        found = uvloop.run(endure(stack, given.endurance, given.endurance_streams))
+                        print_endurance(found)
+                    else:
+                        found = uvloop.run(compare(stack, streams, given.rounds))
+                        print_comparison(found)
         except processes.StartError as error:
             print(f"bench.stack: {error}", file=sys.stderr)
             return 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from observability.keeping import PER_TOKEN, STAGES, stage_times
+from observability.keeping import LOAD, LOAD_PHASES, LOAD_PHASES_MS, PER_TOKEN, STAGES, stage_times
 from observability.spans import SpanData
 
 _ENOUGH = 5  # requests, for a median to be called usual
@@ -20,6 +20,8 @@ def explain(spans: Sequence[SpanData], usual: Mapping[str, float], requests: int
     total = (max(span.end_ns for span in spans) - min(span.start_ns for span in spans)) / 1e6
     if failure := _failure(spans, total):
         return failure
+    if cold := _cold_start(spans, total):
+        return cold
     blocked = max((float(span.attributes.get("triptych.sse.blocked_ms", 0)) for span in spans), default=0.0)
     if blocked > max(_WORTH_MS, total / 3):
         return f"The client was slow: writing waited {ms(blocked)} of {ms(total)} for it."
@@ -58,6 +60,25 @@ def slow_stage(spans: Sequence[SpanData], usual: Mapping[str, float]) -> str:
     return worst
 
 
+def _cold_start(spans: Sequence[SpanData], total: float) -> str:
+    load = next((span for span in spans if span.name == LOAD), None)
+    if load is None or load.duration_ms < max(_WORTH_MS, _SHARE * total):
+        return ""
+    told = f"It came to a cold pipeline: {ms(load.duration_ms)} of {ms(total)} was the wait for its model to be loaded"
+    phase, took = max(load_phases(load), key=lambda each: each[1], default=("", 0.0))
+    return f"{told}, {ms(took)} of that {phase}." if phase else f"{told}."
+
+
+def load_phases(load: SpanData) -> list[tuple[str, float]]:
+    """What loading a model took, in milliseconds by phase, in order."""
+    phases, took = (load.attributes.get(key) for key in (LOAD_PHASES, LOAD_PHASES_MS))
+    if not (isinstance(phases, list) and isinstance(took, list)):
+        return []
+    return [
+        (str(phase), float(each)) for phase, each in zip(phases, took, strict=False) if isinstance(each, (int, float))
+    ]
+
+
 def _failure(spans: Sequence[SpanData], total: float) -> str:
     failed = [span for span in spans if span.error is not None or "error.type" in span.attributes]
     if not failed:
@@ -66,7 +87,7 @@ def _failure(spans: Sequence[SpanData], total: float) -> str:
     if any(span.attributes.get("error.type") == "disconnected" for span in failed):
         reached = [span.name for stage in STAGES for span in spans if span.name == stage]
         return f"The client left after {ms(total)}" + (f", in {reached[-1]}." if reached else ".")
-    named = [span for span in failed if span.name in STAGES or span.name == "generate"]
+    named = [span for span in failed if span.name in (*STAGES, LOAD, "generate")]
     deepest = max(named or failed, key=lambda span: _depth(span, by_id))
     what = deepest.attributes.get("error.type", "error")
     message = deepest.error or next((span.error for span in failed if span.error), "")

@@ -18,6 +18,10 @@ from observability.spans import SpanData, decode, encode
 # What a request passes through, in the order in which it does: names of spans, and of times in Server-Timing.
 STAGES = ("admission", "preprocess", "queue", "prefill", "decode", "postprocess")
 
+# Below the admission of a request that found its pipeline cold, and clipped to it: a load may be older than whoever
+# joins it. Its phases in order, and how long each took, are attributes: as spans they would not fit on a screen.
+LOAD, LOAD_PHASES, LOAD_PHASES_MS = "model.load", "triptych.load.phases", "triptych.load.phases_ms"
+
 TRITON = "triton "  # begins the names of Triton's own spans: its models have the stages' names
 
 PER_TOKEN = "decode per token"  # beside them: an answer that is long is not slow

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from observability.explain import explain, ms, slow_stage
+from observability.explain import explain, load_phases, ms, slow_stage
 from observability.spans import SpanData
 
 NARROWEST = 40
@@ -145,6 +145,8 @@ def _notes(span: SpanData, began: int, signs: Signs) -> Iterator[tuple[str, bool
         yield f"{signs.error} {shown(what or 'error')}", True
     for event in span.events:
         yield f"{signs.event} {shown(event.name)} at {ms((event.at_ns - began) / 1e6)}", False
+    if phases := load_phases(span):
+        yield f"{signs.event} {', '.join(f'{phase} {ms(took)}' for phase, took in phases)}", False
     if span.links:
         named = ", ".join(link.trace_id[:8] for link in span.links[:_MOST_NAMED])
         more = f" and {len(span.links) - _MOST_NAMED} more" if len(span.links) > _MOST_NAMED else ""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from observability import waterfall
+from observability.completeness import GATEWAY, check
 from observability.explain import explain, ms
-from observability.keeping import medians
-from observability.spans import Event, Link
+from observability.keeping import LOAD_PHASES, LOAD_PHASES_MS, medians
+from observability.spans import Event, Link, SpanData
 from observability.waterfall import ANSI, ASCII, display_width, draw, fit
 from tests.spans import BEGAN, MS, request, span
 from tests.test_spans import _SPANS
@@ -49,6 +51,42 @@ POST /v1          428 ms  ██████████████████
 │ │     • between tokens ≤20 ms ×8, >50 ms ×2
 │ └ postprocess   100 ms                                           █████████████
 └ sse.write       422 ms  █████████████████████████████████████████████████████"""
+
+
+def cold(load_ms: float = 4000, **options: Any) -> list[SpanData]:
+    """A request that had to wait for its pipeline to be loaded."""
+    spans = request()
+    for later in (spans[0], *spans[2:]):
+        later.start_ns += int((later is not spans[0]) * load_ms * MS)
+        later.end_ns += int(load_ms * MS)
+    spans[1].end_ns += int(load_ms * MS)
+    phases = {LOAD_PHASES: ["spawn", "import", "weights", "warm-up"], LOAD_PHASES_MS: [400.0, 900.0, 2500.0, 200.0]}
+    load = span("model.load", 0.2, 0.7 + load_ms, "admission", **{"attributes": phases, **options})
+    return [*spans[:2], load, *spans[2:]]
+
+
+def test_a_cold_start_is_told_with_its_phases():
+    spans = cold()
+    assert check(spans, expect=GATEWAY) == []
+    assert explain(spans, USUAL, 9) == (
+        "It came to a cold pipeline: 4.00 s of 4.19 s was the wait for its model to be loaded, 2.50 s of that weights."
+    )
+    lines = draw(spans, USUAL, 9)
+    (number,) = [number for number, line in enumerate(lines) if line.startswith("│ └ model.load ")]
+    assert " 4.00 s " in lines[number]
+    assert lines[number + 1] == "│     • spawn 400 ms, import 900 ms, weights 2.50 s, warm-up 200 ms"
+
+
+@pytest.mark.parametrize(
+    ("spans", "sentence"),
+    [
+        (cold(attributes={}), "It came to a cold pipeline: 4.00 s of 4.19 s was the wait for its model to be loaded."),
+        (cold(10), "decode took most of it"),  # another had it loaded, but for a moment
+        (cold(error="no room", attributes={"error.type": "overloaded"}), "model.load failed after 4.19 s: overloaded"),
+    ],
+)
+def test_what_is_said_of_other_cold_starts(spans, sentence):
+    assert explain(spans, USUAL, 9).startswith(sentence)
 
 
 @pytest.mark.parametrize(
