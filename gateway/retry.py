@@ -68,7 +68,7 @@ class RetriedStream:
     async def next(self) -> Delta:
         if self.first_text_at and not self._retry.whole:
             return await self._stream.next()
-        while not self._held or (self.first_text_at and self._retry.whole and not self._over):
+        while not self._held or self._holding:
             try:
                 delta = await self._stream.next()
             except StageError as error:
@@ -85,6 +85,10 @@ class RetriedStream:
     def cancel(self) -> None:
         self._cancelled = True
         self._stream.cancel()
+
+    @property
+    def _holding(self) -> bool:
+        return self._retry.whole and bool(self.first_text_at) and not self._over
 
     async def _ask_again(self, lost: StageError) -> None:
         """Raises the loss where asking is of no use, or does not become possible in time."""

@@ -69,7 +69,8 @@ def product(tmp_path_factory: pytest.TempPathFactory, catalog: Path, otlp: Recei
 @pytest.fixture
 def own_product(tmp_path: Path, catalog: Path) -> Iterator[Product]:
     """A pipeline of one's own to break, and one beside it that shall not notice."""
-    product = Product(tmp_path, "echo-slow", "echo-small", env={"TRIPTYCH_CATALOG": str(catalog)})
+    env = {"TRIPTYCH_CATALOG": str(catalog), "TRIPTYCH_ACCEPT_TIMEOUT_S": "120"}  # a repair may be slow here
+    product = Product(tmp_path, "echo-slow", "echo-small", env=env)
     try:
         yield product.wait_ready()
     finally:

@@ -344,6 +344,25 @@ def test_the_official_client_raises_inside_a_stream(server, backend):
     assert "generate" in caught.value.message
 
 
+def test_a_stream_that_is_lost_before_its_first_text_goes_on_with_another(server, backend):
+    """Its headers and who speaks have gone out: the client sees one answer, that took a little longer."""
+    backend.each = [[ACCEPTED, 0.05, StageError("gone", code="unavailable", stage="generate")], ANSWER]
+    response = server.post(CHAT_PATH, {**HELLO, "stream": True})
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["", " He", "llo", " you", None]
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert [stream.cancelled.wait(5) for stream in backend.streams] == [True, True]
+
+
+def test_a_lost_choice_is_asked_again_and_the_others_are_not(server, backend):
+    lost = StageError("gone", code="unhealthy", stage="generate")
+    backend.each = [ANSWER, [ACCEPTED, Delta(["half"]), lost], ANSWER]
+    response = server.post(CHAT_PATH, {**HELLO, "n": 2})
+    assert [choice["message"]["content"] for choice in response.json()["choices"]] == [" Hello you"] * 2
+    first, second, again = [submission.id for submission in backend.submissions]
+    assert again == f"{second}.1" != first
+
+
 # Several choices.
 
 

@@ -170,7 +170,7 @@ def test_a_preprocess_that_hangs_is_replaced(own_product: Product) -> None:
     """Triton gives it up after a second; a new one takes its place, and the request that had met it."""
     os.kill(own_product.stub("echo-slow-preprocess"), signal.SIGSTOP)
     body = {**SLOW, "stream": False, "max_tokens": 3}
-    answer = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(f"{own_product.url}/v1/completions", json=body, timeout=180)
     assert answer.json()["usage"]["completion_tokens"] == 3
     events = own_product.events()
     assert (events["echo-slow", "stub_unhealthy"], events["echo-slow", "repaired"]) == (1, 1)

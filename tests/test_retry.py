@@ -241,7 +241,8 @@ def narrow(tmp_path: Path, catalog: Path) -> Iterator[Product]:
     own = tmp_path / "catalog"
     own.mkdir()
     (own / "echo-one.toml").write_text((catalog / "echo-slow.toml").read_text() + "max_running = 1\n")
-    product = Product(tmp_path, "echo-one", env={"TRIPTYCH_CATALOG": f"{catalog}:{own}"})
+    env = {"TRIPTYCH_CATALOG": f"{catalog}:{own}", "TRIPTYCH_ACCEPT_TIMEOUT_S": "120"}  # a repair may be slow here
+    product = Product(tmp_path, "echo-one", env=env)
     try:
         yield product.wait_ready()
     finally:
@@ -253,12 +254,12 @@ def test_a_stage_is_killed_and_who_had_no_token_is_answered_all_the_same(narrow:
     url = f"{narrow.url}/v1/completions"
 
     def ask(body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(url, json={"model": "echo-one", "max_tokens": 6, **body}, timeout=90)
+        return httpx.post(url, json={"model": "echo-one", "max_tokens": 6, **body}, timeout=180)
 
     lines: list[str] = []
     with ThreadPoolExecutor(8) as threads, httpx.Client() as http:
         running = {"model": "echo-one", "prompt": "a b c", "max_tokens": 4000, "stream": True}
-        with http.stream("POST", url, json=running, timeout=90) as response:
+        with http.stream("POST", url, json=running, timeout=180) as response:
             for line in response.iter_lines():
                 lines.append(line)
                 if len(lines) == 4:
@@ -292,7 +293,7 @@ def test_a_stage_is_killed_and_who_had_no_token_is_answered_all_the_same(narrow:
 def test_a_whole_answer_that_had_begun_is_begun_again(narrow: Product) -> None:
     body = {"model": "echo-one", "prompt": "a b c", "max_tokens": 60}
     with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(lambda: httpx.post(f"{narrow.url}/v1/completions", json=body, timeout=90))
+        call = threads.submit(lambda: httpx.post(f"{narrow.url}/v1/completions", json=body, timeout=180))
         wait_for(lambda: narrow.counters("echo-one-generate")["output_tokens"] >= 5, 30)
         os.kill(narrow.stub("echo-one-generate"), signal.SIGKILL)
         answer = call.result()
