@@ -19,7 +19,7 @@ from bench.soak import asks, judge
 from bench.soak.asks import Ask, Echo, Echoed
 from bench.soak.faults import Faults
 from bench.soak.judge import Window
-from bench.soak.plan import Fault
+from bench.soak.plan import STOP, Fault
 
 THINK_S = 0.1  # a client's mean, between an answer and its next request
 RESCUE_S = 60.0  # a stopped process that was not replaced by then goes on, and that is a problem
@@ -95,20 +95,24 @@ class Soak:
     async def _break(self, fault: Fault) -> None:
         window = Window(fault, time.perf_counter())
         if fault.breaks:
+            if not self.faults.strike(fault):
+                print(f"{self.now:7.1f} s  nobody there: {fault}", file=sys.stderr)
+                return
             self.windows.append(window)
         print(f"{self.now:7.1f} s  {fault}", file=sys.stderr)
-        doing = asyncio.create_task(self.faults.perform(fault))
+        doing = asyncio.create_task(self.faults.carry_on(fault))
         touched = [echo.name for echo in self.echoes if fault.touches(echo.name)]
         touched += sorted({ask.pipeline for ask in self.known if fault.touches(ask.pipeline)})
         watching = [asyncio.create_task(self._watch(window, name)) for name in touched]
         if watching:
             _, late = await asyncio.wait(watching, timeout=RESCUE_S)
-            if late and self.faults.resume(fault):
+            if late and fault.kind == STOP and self.faults.resume(fault):
                 self.problems.append(f"not replaced within {RESCUE_S:g} s: {fault}")
             _, late = await asyncio.wait(watching, timeout=RESCUE_S)
             for task in late:
                 task.cancel()
         await doing
+        self.faults.forget(fault)
         if window.mended:
             print(f"{self.now:7.1f} s  back after {max(window.recovery_s.values()):.1f} s: {fault}", file=sys.stderr)
 
@@ -116,7 +120,6 @@ class Soak:
         """Ask it until it answers, and has for a while."""
         probe = self._probe(pipeline)
         client = Client(self.endpoint)
-        await asyncio.sleep(PROBE_EVERY_S)  # the signal goes first
         back: float | None = None
         while True:
             result = await _asked(client, probe)
