@@ -20,7 +20,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from bench.soak.asks import BATCH, INTERACTIVE
 
 NAME = "echo-overload"
 PACE = 50  # tokens a second
-TOKENS = 25
+TOKENS = (10, 40)  # of an answer: were all alike, they would end all at once, and places come free in bursts
 PATIENCE_S = 60.0
 PEAK_S = 15.0
 SAMPLE_S = 2.0  # a look at the queue is a scrape, which costs the gateway some milliseconds
@@ -47,8 +47,13 @@ class Sample:
     """One request, and by how much it was sent later than it was due."""
 
     priority: int
+    tokens: int
     result: Result
     lag_s: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.result.error is None and self.result.tokens == self.tokens and self.result.finish_reason == "length"
 
 
 @dataclass
@@ -68,9 +73,7 @@ class Load:
         return [
             sample.result
             for sample in self.samples
-            if _good(sample.result)
-            and priority in (None, sample.priority)
-            and self.began <= sample.result.ended <= until
+            if sample.good and priority in (None, sample.priority) and self.began <= sample.result.ended <= until
         ]
 
     @property
@@ -78,18 +81,12 @@ class Load:
         return len(self.good()) / self.seconds
 
 
-def _good(result: Result) -> bool:
-    return result.error is None and result.tokens == TOKENS and result.finish_reason == "length"
-
-
-async def _one(client: Client, priority: int, stream: bool) -> Result:
-    body: dict[str, Any] = {"model": NAME, "prompt": "to be or not", "max_tokens": TOKENS, "priority": priority}
-    body |= {"stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})}
-    return await client.post("/completions", body, timeout=PATIENCE_S)
-
-
-def _drawn(dice: random.Random, interactive: float) -> tuple[int, bool]:
-    return INTERACTIVE if dice.random() < interactive else BATCH, dice.random() < 0.5
+async def _asked(client: Client, dice: random.Random, interactive: float) -> Sample:
+    priority, tokens = INTERACTIVE if dice.random() < interactive else BATCH, dice.randint(*TOKENS)
+    body: dict[str, Any] = {"model": NAME, "prompt": "to be or not", "max_tokens": tokens, "priority": priority}
+    if dice.random() < 0.5:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return Sample(priority, tokens, await client.post("/completions", body, timeout=PATIENCE_S))
 
 
 async def at_capacity(endpoint: Endpoint, callers: int, seconds: float, interactive: float) -> Load:
@@ -99,8 +96,7 @@ async def at_capacity(endpoint: Endpoint, callers: int, seconds: float, interact
     async def caller(number: int) -> None:
         client, dice = Client(endpoint), random.Random(number)
         while time.perf_counter() < load.began + seconds:
-            priority, stream = _drawn(dice, interactive)
-            load.samples.append(Sample(priority, await _one(client, priority, stream)))
+            load.samples.append(await _asked(client, dice, interactive))
         client.close()
 
     await asyncio.gather(*(caller(number) for number in range(callers)))
@@ -112,15 +108,14 @@ async def open_loop(
 ) -> Load:
     """Arrivals at `rate` a second, by chance; what is counted begins when all places have been taken once."""
     dice, idle = random.Random(seed), [Client(endpoint)]
-    settle_s = 2 * TOKENS / PACE
+    settle_s = TOKENS[1] / PACE
     load = Load(began=time.perf_counter() + settle_s, seconds=seconds)
     under_way: set[asyncio.Task[None]] = set()
 
     async def ask(due: float) -> None:
-        priority, stream = _drawn(dice, interactive)
         client = idle.pop() if idle else Client(endpoint)
         lag_s = time.perf_counter() - due
-        load.samples.append(Sample(priority, await _one(client, priority, stream), lag_s))
+        load.samples.append(replace(await _asked(client, dice, interactive), lag_s=lag_s))
         idle.append(client)
 
     watch = asyncio.create_task(_watch(served, load))
@@ -162,7 +157,7 @@ def verdict(peak: Load, over: Load, max_queue: int) -> dict[str, Any]:
         sample.result.error or "wrong answer"
         for load in (peak, over)
         for sample in load.samples
-        if not _good(sample.result) and (load is peak or sample.result.status not in (429, 503))
+        if not sample.good and (load is peak or sample.result.status not in (429, 503))
     )
     # At the peak nobody waits, so there is no difference between the two kinds: all of them are its interactive ones.
     compared = {"peak": peak.good(), "overload": over.good(INTERACTIVE)}

@@ -68,17 +68,22 @@ class Control:
         return said
 
     async def probe(self, model: str, stage: str, timeout_s: float) -> None:
-        """Returns if the process of this generate or postprocess answers; raises StageError, `lost`, if it does not."""
+        """Returns if the stage's process answers a call that is no work; raises StageError, `lost`, if it does not."""
         if stage == "generate":
             await self.operate(model, "counters", timeout_s)
             return
         request = service_pb2.ModelInferRequest(model_name=model)
-        ids, rows = wire.pack_windows([])
-        request.inputs.add(name=contracts.OUTPUT_IDS.name, datatype=contracts.OUTPUT_IDS.wire_dtype, shape=[len(ids)])
-        request.inputs.add(name=contracts.ROWS.name, datatype=contracts.ROWS.wire_dtype, shape=[1])
-        request.raw_input_contents.extend((b"", len(rows).to_bytes(4, "little") + rows))
-        request.outputs.add(name=contracts.ROWS.name)
-        request.parameters["per_token"].bool_param = False
+        if stage == "preprocess":
+            _text_input(request, contracts.TEXT, b"a")
+            request.outputs.add(name=contracts.INPUT_IDS.name)
+        else:
+            _, rows = wire.pack_windows([])
+            ids = contracts.OUTPUT_IDS
+            request.inputs.add(name=ids.name, datatype=ids.wire_dtype, shape=[0])
+            request.raw_input_contents.append(b"")
+            _text_input(request, contracts.ROWS, rows)
+            request.outputs.add(name=contracts.ROWS.name)
+            request.parameters["per_token"].bool_param = False
         await self._call(self._stub.ModelInfer, request, timeout_s, stage=stage)
 
     async def _call(self, method: Any, request: Any, timeout_s: float, stage: str = "") -> Any:
@@ -93,6 +98,11 @@ class Control:
             if stage:
                 raise StageError.from_text(details, stage=stage) from None
             raise StageError(reason_of(details), code="unavailable") from None
+
+
+def _text_input(request: Any, tensor: contracts.Tensor, text: bytes) -> None:
+    request.inputs.add(name=tensor.name, datatype=tensor.wire_dtype, shape=[1])
+    request.raw_input_contents.append(len(text).to_bytes(4, "little") + text)
 
 
 def reason_of(details: str) -> str:

@@ -25,6 +25,7 @@ from pipelines.chat import Event
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
+from pipelines.terms import time_is_up
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ ROTATE_AFTER = 1000  # messages: a response stream that never ends grows the ser
 SILENT_S = 5.0  # a lane without a message for so long is dead; a heartbeat comes ten times as often
 MAX_BACKLOG = 128 * 1024  # bytes that wait for one client which has not read for a while: some 2,000 tokens
 _SLOW_S = 1.0  # what comes faster than this is a burst, and not a slow client
+GRACE_S = 0.25  # after a request's time, for the word of it to come from the engine
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
 _LANE = "lane-"  # the id of a lane's own request, with a number; a stream's has a dot
@@ -95,6 +97,7 @@ class LaneStream:
         self._since = 0.0  # when the first of it came
         self._error: StageError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._ended = False
 
     async def next(self) -> Delta:
@@ -116,10 +119,21 @@ class LaneStream:
         delta, self._delta, self._backlog = self._delta, None, 0
         return delta
 
+    def expire_after(self, seconds: float) -> None:
+        """The engine keeps the request's time; here it is seen to that its end is heard, whatever becomes of it."""
+        self._timer = asyncio.get_running_loop().call_later(seconds + GRACE_S, self._expire)
+
     def cancel(self) -> None:
+        if self._timer:
+            self._timer.cancel()
         if not self._ended:
             self._ended = True
             self._cancel(self.id)
+
+    def _expire(self) -> None:
+        if not self._ended:
+            self._cancel(self.id)
+            self.fail(time_is_up())
 
     def push(self, event: Event) -> None:
         if self._error:
@@ -217,6 +231,8 @@ class Lane:
         if not self.ready:
             raise StageError(f"pipeline '{self.pipeline.name}' is not ready; try again shortly.", code="unavailable")
         stream = self._streams[submission.id] = LaneStream(submission.id, self._cancel, self._accept_timeout_s)
+        if submission.terms.timeout_ms is not None:
+            stream.expire_after(submission.terms.timeout_ms / 1000)
         if not self._brings_images(submission):
             self._told.submitted(self.pipeline.name, submission.id)
         parameters: dict[str, str | int] = {"listener": self._listener, contracts.OPERATION: "submit"}

@@ -35,6 +35,7 @@ LOAD_S = 600.0  # of a model of many gigabytes, from a slow disk
 _ANSWER_S = 10.0  # for generate to say what it is
 _OPERATE_S = 120.0  # to park, or to wake
 _GONE_S = 20.0  # for the stubs of models that are unloaded to end
+_WATCH_S = 0.1
 _ORCHESTRATOR = "orchestrator"
 
 T = TypeVar("T")
@@ -195,7 +196,17 @@ class Loader:
             old, fresh = list(MODELS), [ENSEMBLE, _ORCHESTRATOR]
         await self._unload_models(pipeline.name, old)
         # What is in flight on a dead stub pins the old copy for ever; loading beside it works (DESIGN §4).
-        await _all(self._control.load(model_name(pipeline.name, model), LOAD_S) for model in fresh)
+        await self._watching(_all(self._control.load(model_name(pipeline.name, model), LOAD_S) for model in fresh))
+
+    async def _watching(self, load: Awaitable[None]) -> None:
+        """Of a stub that dies while it loads, Triton leaves the shared memory: so it is known before it dies."""
+        loading = asyncio.ensure_future(load)
+        try:
+            while not (await asyncio.wait((loading,), timeout=_WATCH_S))[0]:
+                self._supervisor.watch()
+            loading.result()
+        finally:
+            loading.cancel()
 
     async def _remove(self, pipeline: str) -> None:
         await self._lanes.close(pipeline)

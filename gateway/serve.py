@@ -134,7 +134,7 @@ class _Gateway:
         self._on_gpu = limits.memory.gpu > 0
         self._control = Control(settings.triton_grpc)
         self._supervisor = Supervisor(triton, self._control)
-        patience = Patience(token_gap_s=settings.token_gap_s, accept_s=settings.accept_timeout_s)
+        patience = Patience(token_gap_s=settings.token_gap_s, accept_s=min(10.0, settings.accept_timeout_s / 2))
         self._guard = Guard(self._control, self._supervisor, patience)
         self._lanes = Lanes(
             settings.triton_grpc,

@@ -3,10 +3,13 @@
 A process that ends is noticed by itself (`gateway.supervisor`); one that hangs only keeps silent. Three silences tell:
 
 - **The lane** brings no message, not even a heartbeat. The orchestrator makes those of a poll of generate and, with
-  tokens, a call of postprocess, so any of the three may be what hangs. Which, an own call of each tells: `to_ask` says
-  whom to call, `answered` hears what came back. Who does not answer it is; if both do, it is the orchestrator.
-- **The engine** has requests, and its counters stand still, while heartbeats go on: it hangs inside a step.
-- **Preprocess** takes no request: one has waited for so long, and no other was taken since.
+  tokens, a call of postprocess.
+- **No request is taken**: one has waited for so long, and no other was taken since. To take it the orchestrator calls
+  preprocess.
+- **The engine** has requests, and its counters stand still while heartbeats go on: generate hangs inside a step.
+
+In the first two any stage of the chain may be what hangs; which, an own call of each tells. `to_ask` says whom to call,
+`answered` hears who did answer: who does not it is, and if all do, it is the orchestrator.
 
 Each pipeline is reported once and is then unknown until it is watched again.
 """
@@ -17,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-ASKED = ("generate", "postprocess")  # in this order: postprocess waits for nobody
+OF_HEARTBEATS = ("generate", "postprocess")  # in this order: postprocess waits for nobody
+OF_TAKING = ("preprocess",)
 _PROGRESS = ("steps", "output_tokens", "finished", "cancelled")  # of the engine's counters: each is of a step's end
 
 
@@ -31,13 +35,14 @@ class Stall(NamedTuple):
 class Patience:
     """Seconds. A step must take less than `token_gap_s`, the one with the longest chunk of a prompt too; 0: never mind.
 
+    `accept_s` is less than what the gateway itself lets a request wait for that: it has ended by then.
     `look_s`: between two calls no more than this counts. Who was held up itself has not listened meanwhile.
     """
 
     silent_s: float = 5.0
     answer_s: float = 2.0  # for a stage that is asked directly
     token_gap_s: float = 10.0
-    accept_s: float = 30.0
+    accept_s: float = 10.0
     look_s: float = 2.0
 
 
@@ -46,13 +51,22 @@ class _Watched:
     """One pipeline."""
 
     heard: float  # when its lane last brought something, or it began to be watched
-    asked: float | None = None  # when its stages were, since it was heard last
+    asked: dict[str, float] = field(default_factory=dict)  # when each stage was, in the silence that there is now
     answers: set[str] = field(default_factory=set)
     progress: tuple[float, ...] = ()
     busy: bool = False
     moved: float = 0.0  # when the engine's counters did, or when it got something to do
     waiting: dict[str, float] = field(default_factory=dict)  # by request, when it was submitted
     taken: float = 0.0  # when any was last
+
+    def waited_s(self, time: float) -> float:
+        return time - max(next(iter(self.waiting.values())), self.taken) if self.waiting else 0.0
+
+    def broken_silence(self, stages: tuple[str, ...]) -> None:
+        """What was asked in it, and answered, says nothing of the next."""
+        for stage in stages:
+            self.asked.pop(stage, None)
+            self.answers.discard(stage)
 
 
 class Watchdog:
@@ -77,8 +91,8 @@ class Watchdog:
         time = self._counted(now)
         if not (watched := self._watched.get(pipeline)):
             return
-        watched.heard, watched.asked = time, None
-        watched.answers.clear()
+        watched.heard = time
+        watched.broken_silence(OF_HEARTBEATS)
         if counters:
             progress = tuple(counters.get(name, 0) for name in _PROGRESS)
             busy = counters.get("running", 0) + counters.get("waiting", 0) > 0
@@ -97,22 +111,31 @@ class Watchdog:
         time = self._counted(now)
         if (watched := self._watched.get(pipeline)) and watched.waiting.pop(id, None) is not None:
             watched.taken = time
+            watched.broken_silence(OF_TAKING)
 
     def ended(self, pipeline: str, id: str) -> None:
         """Taken or not, nobody waits for it any more."""
         if watched := self._watched.get(pipeline):
             watched.waiting.pop(id, None)
+            if not watched.waiting:
+                watched.broken_silence(OF_TAKING)
 
     def to_ask(self, now: float) -> list[tuple[str, str]]:
-        """Pipelines and stages to call now, once each silence: what is answered, also an error, goes to `answered`."""
-        time, asked = self._counted(now), []
+        """Pipelines and stages to call now, once each silence, and not to wait for."""
+        time, patience, asked = self._counted(now), self._patience, []
         for name, watched in self._watched.items():
-            if watched.asked is None and time - watched.heard >= self._patience.silent_s - self._patience.answer_s:
-                watched.asked = time
-                asked += [(name, stage) for stage in ASKED]
+            stages: tuple[str, ...] = (
+                OF_HEARTBEATS if time - watched.heard >= patience.silent_s - patience.answer_s else ()
+            )
+            stages += OF_TAKING if watched.waited_s(time) >= patience.accept_s - patience.answer_s else ()
+            for stage in stages:
+                if stage not in watched.asked:
+                    watched.asked[stage] = time
+                    asked.append((name, stage))
         return asked
 
     def answered(self, pipeline: str, stage: str) -> None:
+        """With an error too, if it is the stage's own: "is not healthy" says Triton, of one that does not answer."""
         if watched := self._watched.get(pipeline):
             watched.answers.add(stage)
 
@@ -132,19 +155,22 @@ class Watchdog:
 
     def _stall(self, pipeline: str, watched: _Watched, time: float) -> Stall | None:
         patience = self._patience
-        silent_s = time - watched.heard
+        silent_s, waited_s, gap_s = time - watched.heard, watched.waited_s(time), time - watched.moved
         if silent_s >= patience.silent_s:
-            if watched.asked is None or time - watched.asked < patience.answer_s:
-                return None  # `to_ask` is next, or its answers are still on their way
-            for stage in ASKED:
-                if stage not in watched.answers:
-                    return Stall(pipeline, stage, f"no heartbeat for {silent_s:.1f} s, and {stage} does not answer")
-            return Stall(pipeline, "orchestrator", f"no heartbeat for {silent_s:.1f} s, and the other stages answer")
-        gap_s = time - watched.moved
+            return self._culprit(pipeline, watched, OF_HEARTBEATS, time, f"no heartbeat for {silent_s:.1f} s")
         if watched.busy and patience.token_gap_s and gap_s >= patience.token_gap_s:
             return Stall(pipeline, "generate", f"the engine has requests, and made no step for {gap_s:.1f} s")
-        if watched.waiting:
-            waited_s = time - max(next(iter(watched.waiting.values())), watched.taken)
-            if waited_s >= patience.accept_s:
-                return Stall(pipeline, "preprocess", f"no request was taken for {waited_s:.1f} s")
+        if waited_s >= patience.accept_s:
+            return self._culprit(pipeline, watched, OF_TAKING, time, f"no request was taken for {waited_s:.1f} s")
         return None
+
+    def _culprit(
+        self, pipeline: str, watched: _Watched, stages: tuple[str, ...], time: float, reason: str
+    ) -> Stall | None:
+        asked = [watched.asked.get(stage, time) for stage in stages]
+        if time - max(asked) < self._patience.answer_s:
+            return None  # `to_ask` is next, or its answers are still on their way
+        for stage in stages:
+            if stage not in watched.answers:
+                return Stall(pipeline, stage, f"{reason}, and {stage} does not answer")
+        return Stall(pipeline, "orchestrator", f"{reason}, and the other stages answer")

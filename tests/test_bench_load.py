@@ -115,6 +115,36 @@ def test_a_kept_connection_that_the_server_closed_is_opened_again():
     assert [result.events for result in results] == [1, 1, 1]
 
 
+def test_a_refusal_keeps_its_connection():
+    """As every client does: a new one for each costs the server as much as the refusal."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept_one() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        with connection:
+            while connection.recv(65536):
+                connection.sendall(b"HTTP/1.1 429 Too Many\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n{}")
+
+    threading.Thread(target=accept_one, daemon=True).start()
+    results = post(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", times=3)
+    assert [(result.error, result.headers["retry-after"]) for result in results] == [("http 429", "7")] * 3
+
+
+def test_text_is_kept_and_headers_are_sent_where_it_is_asked_for():
+    with serve(chunked(CHUNK, CHUNK + LAST, DONE), chunked(CHUNK, DONE)) as url:
+        (result,) = post(url, keep_text=True)
+        assert (result.text, result.done) == (["a", "a"], True)
+        assert post(url)[0].text is None
+    assert b"\r\nx-request-timeout-ms: 5\r\n" in Endpoint(url).request("/", {}, {"x-request-timeout-ms": "5"})
+
+
+def test_done_after_an_error_is_seen():
+    with serve(chunked('data: {"error":{"message":"no","code":"unavailable"}}\n\n', DONE)) as url:
+        (result,) = post(url)
+    assert (result.error, result.done) == ("error event: unavailable", True)
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from bench import processes
 from bench.client import Result
+from bench.echoes import Served
 from bench.soak import asks, judge
 from bench.soak.asks import Ask, Echo, Echoed
+from bench.soak.faults import Faults
 from bench.soak.held import Held, leaks
 from bench.soak.judge import Judged, Tally, Window
 from bench.soak.plan import DEAF, HOSTILE, KILL, LEAVERS, STAGES, STOP, TRITON, Fault, plan
+from tests.product import wait_for
 
 ASK = Ask("a", "/completions", {"stream": True}, 10.0, "one two one", 3)
 HURRIED = Ask("a", "/completions", {"stream": True}, 0.5, "one two one two", 4, hurried=True)
@@ -180,6 +187,35 @@ def test_the_goals():
 def test_a_soak_without_requests_has_not_passed():
     assert math.isnan(Tally().success_off_fault)
     assert judge.missed(Tally(), [], [], []) != []
+
+
+# The faults
+
+
+def state(process: subprocess.Popen[bytes]) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_signal_goes_to_the_stage_that_is_named_and_is_taken_back():
+    """A process that looks like a stub's; the tree it is looked for in is this test's own."""
+    command = ["triton_python_backend_stub", "-c", "while sleep 1; do true; done", "/somewhere/a-generate/1/model.py"]
+    faults = Faults(Served("http://127.0.0.1:9", "", os.getpid(), Path()), ECHOES, 5, seed=0)
+    stop = Fault(0, STOP, "a", "generate")
+    with subprocess.Popen(command, executable="/bin/sh") as stub:
+        try:
+            wait_for(lambda: processes.process_name(stub.pid) == "stub a-generate", 10)
+            assert not faults.strike(Fault(0, KILL, "a", "preprocess"))
+            assert not faults.strike(Fault(0, TRITON))
+            assert faults.strike(stop)
+            wait_for(lambda: state(stub) == "T", 10)
+            assert faults.resume(stop)
+            wait_for(lambda: state(stub) != "T", 10)
+            assert faults.strike(Fault(1, KILL, "a", "generate"))
+            assert stub.wait(10) == -9
+            assert not faults.resume(stop)  # it has gone, and whoever has its number now is left alone
+            faults.forget(stop)
+        finally:
+            stub.kill()
 
 
 # What is held

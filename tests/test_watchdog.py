@@ -117,13 +117,25 @@ def test_a_heartbeat_without_counters_says_nothing_of_the_engine():
     assert [stall.stage for stall in hours.passing(12, heard=("a",))] == ["generate"]
 
 
-def test_a_preprocess_that_takes_nothing():
+@pytest.mark.parametrize(("answers", "stage"), [((), "preprocess"), (("preprocess",), "orchestrator")])
+def test_of_those_that_take_nothing_the_one_that_does_not_answer(answers, stage):
+    """An orchestrator's heartbeats come from another thread than the one that takes requests."""
     hours = Hours("a")
     hours.dog.submitted("a", "1", hours.now)
-    assert hours.passing(29.5, heard=("a",)) == []
-    (stall,) = hours.passing(1, heard=("a",))
-    assert (stall.pipeline, stall.stage) == ("a", "preprocess")
+    assert hours.passing(29.5, heard=("a",), answers=answers) == []
+    (stall,) = hours.passing(1, heard=("a",), answers=answers)
+    assert (stall.pipeline, stall.stage) == ("a", stage)
     assert "no request was taken for 30.0 s" in stall.reason
+    assert hours.asked == [("a", "preprocess")]
+
+
+def test_what_preprocess_answered_then_says_nothing_now():
+    hours = Hours("a")
+    hours.dog.submitted("a", "1", hours.now)
+    assert hours.passing(29, heard=("a",), answers=("preprocess",)) == []
+    hours.dog.ended("a", "1")
+    hours.dog.submitted("a", "2", hours.now)
+    assert [stall.stage for stall in hours.passing(30, heard=("a",))] == ["preprocess"]
 
 
 def test_one_that_takes_others_is_none():

@@ -8,29 +8,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-import random
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from bench import processes
-from bench.client import Client, Endpoint, Result
+from bench.client import Endpoint
 from bench.echoes import Served, declaration, serving
 from bench.report import json_line, median, milliseconds, table
-from bench.soak import asks, judge
-from bench.soak.asks import Ask, Echo, Echoed
+from bench.soak import judge
+from bench.soak.asks import Echo, Echoed
 from bench.soak.faults import Faults
 from bench.soak.held import Held, held, leaks
-from bench.soak.judge import Tally, Window
+from bench.soak.judge import Tally
 from bench.soak.plan import STOP, TRITON, Fault, plan
+from bench.soak.run import Record, Soak, learn
 from pipelines.pipeline import DEFAULT, get_pipeline
 from pipelines.sources import pull
 
@@ -41,153 +38,15 @@ _KEYS: dict[str, dict[str, str | int]] = {
     "soak-token": {"stream_event": "token"},
 }
 WRITE_TIMEOUT_S = 5
-THINK_S = 0.1  # a client's mean, between an answer and its next request
-RESCUE_S = 60.0  # a stopped process that was not replaced by then goes on, and that is a problem
-PROBE_EVERY_S, PROBE_S = 0.1, 1.0
-SETTLE_S = 1.0  # a pipeline is back with the first of so many seconds of right answers
-LAG_EVERY_S = 0.05
 SHOWN = 20  # failures
-ASKED_OF_A_MODEL = 8
-
-
-@dataclass
-class Record:
-    """A request that has ended."""
-
-    ask: Ask
-    result: Result
-    outcome: str
-
-
-@dataclass
-class Soak:
-    """One run: clients, faults and what is seen of both."""
-
-    endpoint: Endpoint
-    echoed: Echoed
-    faults: Faults
-    known: Sequence[Ask]  # of models that are no echo
-    began: float = field(default_factory=time.perf_counter)
-    records: list[Record] = field(default_factory=list)
-    windows: list[Window] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    lags_s: list[float] = field(default_factory=list)  # by which this process itself came late: it is no fast client
-    over: bool = False
-
-    @property
-    def now(self) -> float:
-        return time.perf_counter() - self.began
-
-    async def run(self, seconds: float, callers: int, seed: int, planned: Sequence[Fault]) -> None:
-        self.began = time.perf_counter()
-        clients = [asyncio.create_task(self._caller(random.Random(f"{seed} {number}"))) for number in range(callers)]
-        clients.append(asyncio.create_task(self._lag()))
-        watches = []
-        for fault in planned:
-            await asyncio.sleep(max(0.0, fault.at - self.now))
-            watches.append(asyncio.create_task(self._break(fault)))
-        await asyncio.sleep(max(0.0, seconds - self.now))
-        await asyncio.gather(*watches)
-        self.over = True
-        await asyncio.gather(*clients)
-
-    async def _caller(self, dice: random.Random) -> None:
-        client = Client(self.endpoint)
-        while not self.over:
-            if self.known and dice.random() < 0.1:
-                ask = dice.choice(self.known)
-            else:
-                ask = asks.draw(dice, ECHOES, self.echoed.completion, self.echoed.chat, json.dumps)
-            result = await _asked(client, ask)
-            outcome = judge.outcome(ask, result)
-            if outcome in judge.SUCCESSES:
-                result.text = None  # a long soak need not hold it
-            self.records.append(Record(ask, result, outcome))
-            await asyncio.sleep(dice.expovariate(1 / THINK_S))
-        client.close()
-
-    async def _lag(self) -> None:
-        while not self.over:
-            due = time.perf_counter() + LAG_EVERY_S
-            await asyncio.sleep(LAG_EVERY_S)
-            self.lags_s.append(time.perf_counter() - due)
-
-    async def _break(self, fault: Fault) -> None:
-        window = Window(fault, time.perf_counter())
-        if fault.breaks:
-            self.windows.append(window)
-        print(f"{self.now:7.1f} s  {fault}", file=sys.stderr)
-        doing = asyncio.create_task(self.faults.perform(fault))
-        touched = [echo.name for echo in ECHOES if fault.touches(echo.name)]
-        touched += sorted({ask.pipeline for ask in self.known if fault.touches(ask.pipeline)})
-        watching = [asyncio.create_task(self._watch(window, name)) for name in touched]
-        if watching:
-            _, late = await asyncio.wait(watching, timeout=RESCUE_S)
-            if late and self.faults.resume(fault):
-                self.problems.append(f"not replaced within {RESCUE_S:g} s: {fault}")
-            _, late = await asyncio.wait(watching, timeout=RESCUE_S)
-            for task in late:
-                task.cancel()
-        await doing
-        if window.mended:
-            print(f"{self.now:7.1f} s  back after {max(window.recovery_s.values()):.1f} s: {fault}", file=sys.stderr)
-
-    async def _watch(self, window: Window, pipeline: str) -> None:
-        """Ask it until it answers, and has for a while."""
-        probe = self._probe(pipeline)
-        client = Client(self.endpoint)
-        await asyncio.sleep(PROBE_EVERY_S)  # the signal goes first
-        back: float | None = None
-        while True:
-            result = await _asked(client, probe)
-            if judge.outcome(probe, result) != judge.EXACT:
-                back = None
-            elif back is None:
-                back = result.ended
-            elif result.ended - back >= SETTLE_S:
-                window.mended[pipeline] = back
-                client.close()
-                return
-            await asyncio.sleep(PROBE_EVERY_S)
-
-    def _probe(self, pipeline: str) -> Ask:
-        for ask in self.known:
-            if ask.pipeline == pipeline:
-                return ask
-        body = {"model": pipeline, "prompt": "are you there", "max_tokens": 4, "stream": False}
-        return Ask(pipeline, "/completions", body, PROBE_S, self.echoed.completion("are you there", 4), 4)
-
-
-async def _asked(client: Client, ask: Ask) -> Result:
-    patience_s = ask.deadline_s + judge.HANG_S
-    return await client.post(ask.path, ask.body, timeout=patience_s, headers=ask.headers, keep_text=True)
-
-
-async def learn(endpoint: Endpoint, models: Sequence[str]) -> list[Ask]:
-    """Requests of models that are no echo: what they answer now, alone and greedily, they must answer always."""
-    client, known = Client(endpoint), []
-    for model in models:
-        for number in range(ASKED_OF_A_MODEL):
-            content = f"Name {number + 2} fruits."
-            body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}]}
-            body |= {"max_tokens": 24, "temperature": 0, "stream": bool(number % 2)}
-            if body["stream"]:
-                body["stream_options"] = {"include_usage": True}
-            ask = Ask(model, "/chat/completions", body, 60.0, None, 0)
-            result = await _asked(client, ask)
-            if result.error or result.tokens is None:
-                raise RuntimeError(f"{model} does not answer: {result.error}")
-            known.append(Ask(model, ask.path, body, 60.0, "".join(result.text or ()), result.tokens))
-    client.close()
-    return known
 
 
 async def soak(served: Served, given: argparse.Namespace, planned: Sequence[Fault]) -> dict[str, Any]:
     endpoint = Endpoint(served.url + "/v1")
     echoed = Echoed(pull(get_pipeline(DEFAULT)))
     faults = Faults(served, ECHOES, WRITE_TIMEOUT_S, given.seed)
-    run = Soak(endpoint, echoed, faults, await learn(endpoint, given.model))
-    await Soak(endpoint, echoed, faults, run.known).run(5, given.callers, given.seed, [])  # a warm-up
+    run = Soak(endpoint, ECHOES, echoed, faults, await learn(endpoint, given.model))
+    await Soak(endpoint, ECHOES, echoed, faults, run.known).run(5, given.callers, given.seed, [])  # a warm-up
     before = held(served.pid)
     await run.run(given.minutes * 60, given.callers, given.seed, planned)
     after, problems = await _at_rest(served, before, ended=2 * len(run.windows))  # the orchestrator goes with a stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ from bench import processes
 from bench.client import Client, Endpoint
 from bench.echoes import Served
 from bench.soak.asks import Echo
-from bench.soak.plan import DEAF, HOSTILE, KILL, LEAVERS, STOP, TRITON, Fault
+from bench.soak.plan import DEAF, HOSTILE, LEAVERS, STOP, TRITON, Fault
 
 CLIENTS = 40  # of a burst
 _PATIENCE_S = 20.0
@@ -22,7 +23,7 @@ _MB = 2**20
 
 
 class Faults:
-    """`perform` one after the other; what went otherwise than it should is in `problems`."""
+    """`strike`, then `carry_on`; what went otherwise than it should is in `problems`."""
 
     def __init__(self, served: Served, echoes: Sequence[Echo], write_timeout_s: float, seed: int) -> None:
         self.problems: list[str] = []
@@ -30,49 +31,39 @@ class Faults:
         self._echoes = echoes
         self._write_timeout_s = write_timeout_s
         self._dice = random.Random(f"{seed} clients")
-        self._stopped: dict[Fault, int] = {}  # descriptors of processes (pidfd): no pid that somebody else has by now
+        self._open: dict[Fault, int] = {}  # descriptors of processes (pidfd): no pid that somebody else has by now
 
-    async def perform(self, fault: Fault) -> None:
-        if fault.kind in (KILL, STOP):
-            self._signal(fault)
-            if fault.resumed_after is not None:
-                await asyncio.sleep(fault.resumed_after)
-                self.resume(fault)
-        elif fault.kind == TRITON:
-            self._end("tritonserver", signal.SIGKILL)
-        else:
+    def strike(self, fault: Fault) -> bool:
+        """The signal, of faults that `breaks`; False if its process is gone already, and not yet replaced."""
+        name = "tritonserver" if fault.kind == TRITON else f"stub {fault.pipeline}-{fault.stage}"
+        for pid in processes.tree(self._served.pid):
+            if processes.process_name(pid) == name:
+                with contextlib.suppress(ProcessLookupError):
+                    descriptor = os.pidfd_open(pid)
+                    self._open[fault] = descriptor
+                    signal.pidfd_send_signal(descriptor, signal.SIGSTOP if fault.kind == STOP else signal.SIGKILL)
+                    return True
+        return False
+
+    async def carry_on(self, fault: Fault) -> None:
+        """What a fault is beside its signal."""
+        if fault.resumed_after is not None:
+            await asyncio.sleep(fault.resumed_after)
+            self.resume(fault)
+        elif not fault.breaks:
             await {LEAVERS: self._leavers, DEAF: self._deaf, HOSTILE: self._hostile}[fault.kind]()
 
     def resume(self, fault: Fault) -> bool:
         """Let a stopped process go on; answers whether it was still there."""
-        descriptor = self._stopped.pop(fault, None)
-        if descriptor is None:
-            return False
         try:
-            signal.pidfd_send_signal(descriptor, signal.SIGCONT)
+            signal.pidfd_send_signal(self._open[fault], signal.SIGCONT)
         except ProcessLookupError:
             return False
-        finally:
-            os.close(descriptor)
         return True
 
-    def _signal(self, fault: Fault) -> None:
-        name = f"stub {fault.pipeline}-{fault.stage}"
-        if fault.kind == KILL:
-            self._end(name, signal.SIGKILL)
-        elif (descriptor := self._end(name, signal.SIGSTOP)) is not None:
-            self._stopped[fault] = descriptor
-
-    def _end(self, name: str, number: signal.Signals) -> int | None:
-        for pid in processes.tree(self._served.pid):
-            if processes.process_name(pid) == name:
-                descriptor = os.pidfd_open(pid)
-                signal.pidfd_send_signal(descriptor, number)
-                if number == signal.SIGSTOP:
-                    return descriptor
-                os.close(descriptor)
-                return None
-        return None  # it is gone already, by an earlier fault: then that one is what is to be mended
+    def forget(self, fault: Fault) -> None:
+        if (descriptor := self._open.pop(fault, None)) is not None:
+            os.close(descriptor)
 
     async def _leavers(self) -> None:
         """All at once; each after a few events."""
