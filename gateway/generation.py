@@ -111,7 +111,7 @@ class Generation:
             pipeline=request.model,
             places=request.choices,
             deadline=deadline.at(state["settings"].max_wait_s),
-            batch=request.batch,
+            batch=request.batch or request.priority > 0,
             keep_alive=request.keep_alive,
         )
         with report.admission(place, lifecycle.waiting(request.model)):

@@ -217,7 +217,7 @@ def test_operations_are_for_those_who_administer(cold: Product) -> None:
 
 
 def test_loads_and_unloads_leave_nothing_behind(cold: Product) -> None:
-    """Of the server and the gateway: descriptors, shared memory, processes. (Its memory: bench.coldstart --loads.)"""
+    """Of the server and the gateway: descriptors, shared memory, processes."""
 
     def left() -> tuple[int, int, int, int]:
         descriptors = [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (cold.pid, cold.triton())]

@@ -213,6 +213,13 @@ def test_who_would_wait_behind_a_full_queue_is_refused_with_a_time():
     assert kinds(world.do(Finished, running)) == [Start]
 
 
+def test_a_quarter_of_the_queue_is_not_for_batch():
+    world = World(a=policy(max_concurrency=1, max_queue=4))
+    world.ready()
+    assert [kinds(world.ask(batch=True)[0]) for _ in range(4)] == [[], [], [], [Refuse]]
+    assert [kinds(world.ask()[0]) for _ in range(2)] == [[], [Refuse]]
+
+
 def test_a_cold_pipeline_queues_what_it_will_start_at_once():
     world = World(a=policy(max_concurrency=2, max_queue=0))
     assert [kinds(world.ask()[0]) for _ in range(3)] == [[Load], [], [Refuse]]

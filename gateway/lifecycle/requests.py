@@ -39,7 +39,7 @@ class Requests:
         elif row.state is State.FAILED and now < row.retry_at:
             reason = f"'{row.name}' could not be loaded: {row.reason}"
             self.refuse(waiter.request, row.name, "unavailable", reason, row.retry_at - now)
-        elif row.is_full():
+        elif row.is_full(batch=event.batch):
             self.refuse(waiter.request, row.name, "overloaded", *estimate.overload(row, eta_s))
         else:
             self._queue(row, waiter)

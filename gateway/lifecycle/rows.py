@@ -155,9 +155,11 @@ class Row:
         """A request that wants more than there are has its turn when all are free."""
         return not self.places or self.places + places <= self.policy.max_concurrency
 
-    def is_full(self) -> bool:
+    def is_full(self, *, batch: bool) -> bool:
+        """A quarter of the queue is left to those who are not batch: these are not refused for who can wait."""
         spare = max(0, self.policy.max_concurrency - self.places)  # taken by the first that wait, once it is ready
-        return len(self.queue) >= self.policy.max_queue + spare
+        kept = self.policy.max_queue // 4 if batch else 0
+        return len(self.queue) >= self.policy.max_queue + spare - kept
 
     def start(self, waiter: Waiter, now: float) -> None:
         self.running[waiter.request] = Runner(now, waiter.keep_alive, waiter.places)
