@@ -178,6 +178,13 @@ class Lane:
             self._out.put_nowait(request)
         return stream
 
+    async def recording(self, span: str) -> bytes:
+        request = request_bytes(self._model, "", {contracts.OPERATION: "recording", "span": span}, {})
+        for outputs in await alone(self._infer, request, timeout_s=self._accept_timeout_s):
+            for packed in outputs:
+                return packed[4:]  # a BYTES element begins with its length
+        return b""
+
     def _submit_alone(self, stream: LaneStream, request: bytes, traceparent: str) -> None:
         """On a stream that has the header: Triton reads it once a stream, and traces every request on that. What the
         request then brings comes on the lane, as everybody's."""
@@ -367,3 +374,6 @@ class Lanes:
 
     async def submit(self, submission: Submission) -> LaneStream:
         return await self._lanes[submission.pipeline].submit(submission)
+
+    async def recording(self, pipeline: str, span: str) -> bytes:
+        return await self._lanes[pipeline].recording(span)
