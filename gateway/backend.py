@@ -69,3 +69,7 @@ class Backend(Protocol):
     async def submit(self, submission: Submission) -> Stream:
         """Sends it. Raises StageError, `unavailable` where the pipeline cannot answer. A caller that is
         cancelled while this runs gets no Stream: what was sent by then is this method's to cancel."""
+
+    async def recording(self, pipeline: str, span: str) -> bytes:
+        """What was recorded of the request below this span (TRACE-SPAN), as a file; empty if nothing was. Raises
+        StageError."""

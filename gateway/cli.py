@@ -1,4 +1,4 @@
-"""The command `triptych`: serve, pull, pipelines, key, trace, doctor.
+"""The command `triptych`: serve, pull, pipelines, key, trace, record, replay, doctor.
 
 Errors a user can mend are one sentence and exit code 1.
 """
@@ -9,16 +9,19 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 
 from gateway import keys
 from gateway.ratelimit import MAX_LIMIT, Limits
+from gateway.remote import RemoteError, RemoteGateway, write
 from gateway.settings import Settings, SettingsError
-from gateway.trace_command import TraceError, add_trace_arguments, show_trace
+from gateway.trace_command import add_trace_arguments, show_trace
 from pipelines.pipeline import DEFAULTS, CatalogError, Pipeline, get_pipeline, load_catalog
 
 
@@ -98,8 +101,28 @@ def _trace(options: argparse.Namespace) -> int:
     settings = _settings(options)
     try:
         return show_trace(options, settings.url, key=os.environ.get(keys.ADMIN_KEY, ""), certificate=settings.tls_cert)
-    except TraceError as error:
+    except RemoteError as error:
         return _say(error)
+
+
+def _record(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    try:
+        gateway = RemoteGateway(options.url or settings.url, os.environ.get(keys.ADMIN_KEY, ""), settings.tls_cert)
+        recorded = gateway.fetch(f"/admin/traces/{urllib.parse.quote(options.trace, safe='')}/recording")
+        file = options.file or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', options.trace)}.recording"
+        write(file, recorded)
+    except RemoteError as error:
+        return _say(error)
+    if file != "-":
+        print(f"{file}: {len(recorded)} bytes; try triptych replay {file} --stage generate")
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    """In a process of its own: generate's engine imports torch."""
+    command = [sys.executable, "-m", "pipelines.replay", options.file, "--stage", options.stage]
+    return subprocess.run(command).returncode
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -175,6 +198,17 @@ def _parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="draw a request's trace: where its time went")
     add_trace_arguments(trace)
     trace.set_defaults(run=_trace)
+
+    record = commands.add_parser("record", help="write what a request gave each stage and got from it to a file")
+    record.add_argument("--trace", required=True, metavar="ID", help="a request id (x-request-id) or a trace id")
+    record.add_argument("file", nargs="?", metavar="FILE", help="where to (ID.recording); - is stdout")
+    record.add_argument("--url", help="the gateway (http://127.0.0.1:8080), started with TRIPTYCH_RECORD")
+    record.set_defaults(run=_record)
+
+    replay = commands.add_parser("replay", help="run one stage of such a file again, alone, and compare")
+    replay.add_argument("file", metavar="FILE")
+    replay.add_argument("--stage", choices=("preprocess", "generate", "postprocess"), default="generate")
+    replay.set_defaults(run=_replay)
 
     doctor = commands.add_parser("doctor", help="check what serving needs")
     doctor.add_argument("--port", type=int, help="the gateway's port to check (8080)")

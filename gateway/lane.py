@@ -252,6 +252,13 @@ class Lane:
             messages if isinstance(messages, bytes) else str(messages).encode()
         )
 
+    async def recording(self, span: str) -> bytes:
+        request = request_bytes(self._model, "", {contracts.OPERATION: "recording", "span": span}, {})
+        for outputs in await alone(self._infer, request, timeout_s=self._accept_timeout_s):
+            for packed in outputs:
+                return packed[4:]  # a BYTES element begins with its length
+        return b""
+
     def _submit_alone(self, stream: LaneStream, request: bytes, traceparent: str) -> None:
         """On a stream that has the header: Triton reads it once a stream, and traces every request on that. What the
         request then brings comes on the lane, as everybody's."""
@@ -498,6 +505,10 @@ class Lanes:
 
     def _unhealthy(self, pipeline: str, stage: str) -> None:
         self.on_unhealthy(pipeline, stage)
+
+    async def recording(self, pipeline: str, span: str) -> bytes:
+        lane = self._lanes.get(pipeline)
+        return await lane.recording(span) if lane else b""
 
     async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
         _, late = await asyncio.wait(tasks, timeout=_CLOSE_S) if tasks else (set(), set())

@@ -327,9 +327,16 @@ def _http_attributes(scope: Scope, operation: Operation, request_id: str) -> Map
         "client.address": client,
         "network.protocol.version": scope.get("http_version"),
         "user_agent.original": header(scope, b"user-agent")[:_USER_AGENT_LIMIT] or None,
+        "http.request.resend_count": _resends(scope),
         "triptych.request_id": request_id,
         "triptych.key": scope["state"].get("key"),  # its name
     }
+
+
+def _resends(scope: Scope) -> int | None:
+    """How often the official client says that it has sent this request before; it counts what fails as a new try."""
+    text = header(scope, b"x-stainless-retry-count")
+    return int(text) or None if text.isascii() and text.isdecimal() and len(text) < 4 else None
 
 
 def _gen_ai_attributes(operation: str, request: GenerationRequest, response_id: str) -> Mapping[str, Any]:

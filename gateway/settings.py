@@ -62,6 +62,8 @@ class Settings:
     trace_ring: int = 512  # the last requests' traces are kept in memory; 0: none, and none is exported for its end
     trace_ring_mb: int = 16  # and in so much of it
     trace_deep: int = 0  # 1: Triton's own spans are in every trace; 0: of requests that ask by x-triptych-trace
+    record: int = 0  # so many requests' tensors are kept at every boundary between stages, for `triptych record`
+    record_mb: int = 64  # and in so much memory, of each pipeline
     trace_slow_ms: int = 0  # a request that takes longer has its trace exported; 0: only the pipeline's p95 says so
 
     def __post_init__(self) -> None:
@@ -86,6 +88,8 @@ class Settings:
         self._check("trace_ring_mb", self.trace_ring_mb >= 1, "1 or more")
         self._check("trace_deep", self.trace_deep in (0, 1), "0 (where a request asks for it) or 1 (always)")
         self._check("trace_slow_ms", self.trace_slow_ms >= 0, "0 (no threshold) or more")
+        self._check("record", self.record >= 0, "0 (none are kept) or more")
+        self._check("record_mb", self.record_mb >= 1, "1 or more")
         self._check("max_queue", self.max_queue >= 0, "0 (no queue) or more")
         self._check("max_wait_s", self.max_wait_s >= 1, "1 or more")
         self._check("max_keep_alive", self.max_keep_alive >= 0, "0 or more seconds")

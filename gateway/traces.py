@@ -61,9 +61,33 @@ async def get_usual(request: Request) -> Response:
     return _json(orjson.dumps({"pipeline": pipeline, "requests": requests, "stages_ms": stages}))
 
 
+async def get_recording(request: Request) -> Response:
+    """The tensors of one request at every boundary between stages, as a file (`pipelines.recording`)."""
+    traces, state = _traces(request.scope), state_of(request.scope)
+    if not state["settings"].record:
+        raise ApiError(404, "Nothing is recorded: start the gateway with TRIPTYCH_RECORD=16, or so.", code="not_found")
+    id: str = request.path_params["id"]
+    ended = _find(traces, id)
+    if ended is None:
+        raise _no_trace(id)
+    told = [spans.decode(held.encoded, held.service) for held in traces.of_request(ended)]
+    above = next((span.span_id for span in told if span.kind == "client"), "")  # the stages' spans are below it
+    file = await state["backend"].recording(ended.pipeline, f"{ended.trace_id}-{above}") if above else b""
+    if not file:
+        raise ApiError(
+            404,
+            f"Nothing is recorded of '{id[:80]}': it was refused before generate, it did not fit into "
+            "TRIPTYCH_RECORD_MB, or later ones have taken its place (TRIPTYCH_RECORD).",
+            code="not_found",
+            param="id",
+        )
+    return Response(file, media_type="application/octet-stream")
+
+
 TRACE_ROUTES = [
     Route("/admin/traces", list_traces),
     Route("/admin/traces/{id:path}/usual", get_usual),  # a client's request id may hold slashes
+    Route("/admin/traces/{id:path}/recording", get_recording),
     Route("/admin/traces/{id:path}", get_trace),
 ]
 

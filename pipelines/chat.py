@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # not for the sake of a name: postprocess needs no engine
     from pipelines.engine import Logprob
     from pipelines.generate import Poll, Row
     from pipelines.logprobs import Entry
+    from pipelines.recorder import Recorder
 
 
 _NONE: Mapping[str, float] = MappingProxyType({})
@@ -163,8 +164,9 @@ class _Live:
 class Chat:
     """All requests of one pipeline. Every method but `turn` may be called from any thread; `turn` from one."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Stages, recorder: Recorder | None = None) -> None:
         self._stages = stages
+        self._recorder = recorder
         self._lock = threading.Lock()
         self._live: dict[str, _Live] = {}
         self._lanes: list[Sink] = []
@@ -209,6 +211,8 @@ class Chat:
             live.preprocess_ms = (time.perf_counter() - started) * 1e3
             live.stop, live.prompt_tokens = Sampling.from_json(prompt.sampling).stop, len(prompt.input_ids)
             live.pictures = prompt.pictures
+            if self._recorder:
+                self._recorder.began(handle, live.id, live.traceparent, inputs, sampling, prompt)
             left = asked.after(time.monotonic() - live.admitted)
             self._stages.submit(handle, prompt, left, live.traceparent)
         except StageError as error:
@@ -240,7 +244,10 @@ class Chat:
         claimed = self._claim(poll.rows)
         texts = self._texts(claimed) if claimed else []
         for (row, live), text in zip(claimed, texts, strict=True):
-            live.sink.push(self._event(row, live, text))
+            event = self._event(row, live, text)
+            if self._recorder:
+                self._recorder.told(row, event)
+            live.sink.push(event)
         return self._flush(poll.counters)
 
     def _claim(self, rows: Sequence[Row]) -> list[tuple[Row, _Live]]:

@@ -7,6 +7,7 @@ takes them. Knows no Triton at run time: it only writes its configuration.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -149,6 +150,11 @@ MODELS = tuple(_TEXT)  # the stages first: the orchestrator calls them
 
 def models_of(pipeline: Pipeline) -> Mapping[str, Model]:
     return _VISION if pipeline.takes_images else _TEXT
+
+
+def digest(pipeline: Pipeline) -> str:
+    """Another one for other tensors: what was written with one is not read with another."""
+    return hashlib.sha256(repr(models_of(pipeline)).encode()).hexdigest()[:16]
 
 
 def model_name(pipeline: str, model: str) -> str:

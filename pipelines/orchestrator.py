@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from pipelines.contracts import Asked, Tensor, Values
 from pipelines.errors import StageError
 from pipelines.generate import Poll
 from pipelines.pipeline import Pipeline
+from pipelines.recorder import Recorder
 from pipelines.sinks import Lane, Reply, Stream
 from pipelines.terms import Terms
 
@@ -95,7 +97,9 @@ class Orchestrator:
 
     def __init__(self, pipeline: Pipeline, call: Call) -> None:
         per_token = pipeline.stream_event == "token"
-        self._chat = Chat(CalledStages(call, per_token=per_token, takes_images=pipeline.takes_images))
+        self._recorder = Recorder.of(pipeline, os.environ)
+        stages = CalledStages(call, per_token=per_token, takes_images=pipeline.takes_images)
+        self._chat = Chat(stages, self._recorder)
         self._lanes: dict[str, Lane] = {}  # by listener: a gateway
         self._numbers = itertools.count()
         self._submitters = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="submit")
@@ -122,6 +126,9 @@ class Orchestrator:
         elif asked.operation == "cancel":
             reply.end()
             self._submitters.submit(self._chat.cancel, f"{listener}/{asked.parameters.get('id')}")
+        elif asked.operation == "recording":
+            recorded = self._recorder.recording(str(asked.parameters.get("span"))) if self._recorder else b""
+            reply.send({contracts.EVENTS: recorded}, final=True)
         elif not asked.operation:
             self._start(f"stream-{next(self._numbers)}", asked, Stream(reply))
         else:

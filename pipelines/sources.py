@@ -51,6 +51,13 @@ def size_on_disk(pipeline: Pipeline) -> int:
     return sum(file.lstat().st_size for file in pipeline.home.glob("*") if file.is_file() and not file.is_symlink())
 
 
+def weights_digest(pipeline: Pipeline) -> str:
+    """Of the files in `home`; one that is linked, as those of a `path:` are, counts with its size alone."""
+    files = _manifest(pipeline).get("files", {})
+    known = sorted((name, entry.get("sha256") or entry["bytes"]) for name, entry in files.items())
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
 def pull(pipeline: Pipeline, progress: Progress | None = None) -> Path:
     """Makes `pipeline.home` complete and returns it; at once if it is. A PullError leaves nothing behind."""
     home = pipeline.home

@@ -57,6 +57,7 @@ def product(tmp_path_factory: pytest.TempPathFactory, catalog: Path, otlp: Recei
         "TRIPTYCH_CATALOG": str(catalog),
         "OTEL_EXPORTER_OTLP_ENDPOINT": otlp.endpoint,
         "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "TRIPTYCH_RECORD": "8",
     }
     product = Product(tmp_path_factory.mktemp("product"), *SERVED, env=env)
     try:

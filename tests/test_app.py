@@ -82,6 +82,7 @@ class ScriptedBackend:
         self.submissions = []
         self.streams = []
         self.not_ready = set()
+        self.recordings = {}
         self.refusal = None
 
     def pipelines(self):
@@ -97,6 +98,9 @@ class ScriptedBackend:
         stream = ScriptedStream(self.each.pop(0) if self.each else self.steps)
         self.streams.append(stream)
         return stream
+
+    async def recording(self, pipeline, span):
+        return self.recordings.get((pipeline, span), b"")
 
 
 class Server:

@@ -24,6 +24,8 @@ import pytest
 import tritonclient.grpc as triton_grpc
 from PIL import Image
 
+from observability.completeness import check
+from observability.spans import read_document
 from pipelines.images.features import Features, unpack
 from tests import vision
 from tests.orchestrator_call import OrchestratorCall
@@ -319,6 +321,8 @@ def test_the_trace_says_what_was_read(seeing: Product, client: Any, otlp: Receiv
     )
     found = otlp.spans_of(trace_id, timeout=30, count=len(TRACED))
     assert sorted(span.name for span in found) == TRACED
+    with urllib.request.urlopen(f"{seeing.url}/admin/traces/{trace_id}", timeout=30) as response:
+        assert check(read_document(response.read()), expect=TRACED, remote_parent=span_id) == []
     fetched, decoded, tokenized = (
         next(span.attributes for span in found if span.name == name)
         for name in ("image.fetch", "image.decode", "tokenize")

@@ -141,6 +141,21 @@ def test_http_conventions_are_on_the_server_span(client):
     assert {key: root.attributes.get(key) for key in wanted} == wanted
 
 
+def test_a_retry_is_one_more_request_of_the_callers_trace_and_says_so(client, backend):
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
+    backend.steps = [StageError("no", code="unavailable", stage="generate")]
+    client.post(CHAT_PATH, json=HELLO, headers={**headers, "x-stainless-retry-count": "0", "x-request-id": "try"})
+    backend.reset()
+    client.post(CHAT_PATH, json=HELLO, headers={**headers, "x-stainless-retry-count": "1", "x-request-id": "retry"})
+    for id, count in (("try", None), ("retry", 1)):
+        spans = read_document(client.get(f"/admin/traces/{id}").content)
+        assert check(spans, remote_parent=CALLER, expect=GATEWAY) == []
+        assert spans[0].attributes.get("http.request.resend_count") == count
+    client.post(CHAT_PATH, json=HELLO, headers={"x-stainless-retry-count": "-1", "x-request-id": "odd"})
+    odd = read_document(client.get("/admin/traces/odd").content)[0]
+    assert "http.request.resend_count" not in odd.attributes
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_was_said_is_in_the_trace_only_by_opt_in(client, monkeypatch, stream):
     client.post(CHAT_PATH, json={**HELLO, "stream": stream}, headers={"x-request-id": "quiet"})
@@ -155,6 +170,28 @@ def test_what_was_said_is_in_the_trace_only_by_opt_in(client, monkeypatch, strea
     answer = client.post(CHAT_PATH, json=HELLO).json()["choices"][0]["message"]["content"]
     assert chat.attributes["gen_ai.output.messages"].count(f'"content":"{answer}"') == 2
     assert chat.attributes["gen_ai.output.messages"].count('"finish_reason":"stop"') == 2
+
+
+def test_a_recording_is_given_by_the_span_of_the_request(backend, traces):
+    app = create_app(backend, Settings(record=1), traces=traces)
+    with TestClient(app, base_url="http://127.0.0.1:8080", client=("127.0.0.1", 50000)) as client:
+        client.post(CHAT_PATH, json=HELLO, headers={"x-request-id": "it"})
+        refused = client.get("/admin/traces/it/recording")
+        assert (refused.status_code, "refused before generate" in refused.text) == (404, True)
+        (chat,) = [
+            span for span in read_document(client.get("/admin/traces/it").content) if span.name.startswith("chat ")
+        ]
+        backend.recordings[MODEL, f"{chat.trace_id}-{chat.span_id}"] = b"the file"
+        for id in ("it", chat.trace_id):
+            assert client.get(f"/admin/traces/{id}/recording").content == b"the file"
+        assert client.get("/admin/traces/other/recording").status_code == 404
+        assert client.get("/admin/traces/it/recording", headers={"via": "a proxy"}).status_code == 403
+
+
+def test_nothing_is_recorded_unless_it_is_set(client):
+    client.post(CHAT_PATH, json=HELLO, headers={"x-request-id": "it"})
+    refused = client.get("/admin/traces/it/recording")
+    assert (refused.status_code, "TRIPTYCH_RECORD=" in refused.text) == (404, True)
 
 
 def test_what_is_not_kept_is_not_found(client):
@@ -207,7 +244,7 @@ def test_the_settings_turn_it_off_and_bound_it(monkeypatch, tmp_path):
     finally:
         kept.close()
     assert tracing.SOCKET not in os.environ
-    for setting in ({"trace_ring": -1}, {"trace_ring_mb": 0}, {"trace_slow_ms": -1}):
+    for setting in ({"trace_ring": -1}, {"trace_ring_mb": 0}, {"trace_slow_ms": -1}, {"trace_deep": 2}, {"record": -1}):
         with pytest.raises(SettingsError, match=f"TRIPTYCH_{next(iter(setting)).upper()}"):
             Settings(**setting)
 
