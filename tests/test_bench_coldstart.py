@@ -41,7 +41,8 @@ def test_the_last_line_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert json.loads(line)["phases_s"].keys() == PHASES.keys()
 
 
-def test_without_a_server_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(coldstart, "ANSWER_S", 0.1)
     assert coldstart.main(["--triton", "127.0.0.1:9", "--rounds", "1"]) == 1
     assert "bench.coldstart:" in capsys.readouterr().err
 
