@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from pipelines import contracts, wire
 from pipelines.contracts import Asked, Tensor, Values
-from pipelines.engine import Engine, Limits
+from pipelines.engine import Engine, Limits, snapshot
 from pipelines.engine.limits import read_limits
 from pipelines.errors import StageError
 from pipelines.generate import Answer, Generate, Poll
@@ -61,6 +62,7 @@ def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
         limits = read_limits(pipeline.home)
         limits = replace(limits, context=pipeline.context or limits.context)
         return EchoEngine(limits, tokens_per_s=pipeline.echo_tokens_per_s, max_running=pipeline.max_running)
+    reading = None if pipeline.engine == "query" else _snapshot(pipeline)
     # torch takes seconds to import: only where it is used
     import torch
 
@@ -78,18 +80,14 @@ def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
         )
         phases.end("weights")
         return queried
-    from pipelines.engine import weights
+    from pipelines.engine.lean import import_transformers
+
+    import_transformers(*(reading.modules if reading else ()))
     from pipelines.engine.batched import BatchedEngine
 
     phases.end("import")
-    model, limits = weights.load(
-        pipeline.home,
-        dtype=pipeline.dtype,
-        quantize=pipeline.quantize,
-        device=device,
-        device_map=pipeline.device_map,
-        pictures=pipeline.takes_images,
-    )
+    model = _kept(reading, device) or _converted(pipeline, device)
+    limits = read_limits(pipeline.home)
     limits = replace(limits, context=pipeline.context or limits.context)
     phases.end("weights")
     engine = BatchedEngine(
@@ -105,6 +103,48 @@ def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
     pipeline.way_file.write_text(engine.way)
     log.info("%s runs %s, in %s", pipeline.name, engine.way, str(model.dtype).removeprefix("torch."))
     return engine
+
+
+def _snapshot(pipeline: Pipeline) -> snapshot.Reading | None:
+    """The model as it was kept by an earlier load, being read from now on."""
+    try:
+        return snapshot.Reading(_place(pipeline))
+    except FileNotFoundError:
+        return None
+    except snapshot.SnapshotError as error:
+        log.warning("%s is loaded anew: %s", pipeline.name, error)
+        return None
+
+
+def _place(pipeline: Pipeline) -> Path:
+    return snapshot.place(pipeline.home, pipeline.dtype, pipeline.quantize, pictures=pipeline.takes_images)
+
+
+def _kept(reading: snapshot.Reading | None, device: str) -> Any:
+    if reading is None or device != "cpu":
+        return None
+    try:
+        return reading.model()
+    except snapshot.SnapshotError as error:
+        log.warning("the model is loaded anew: %s", error)
+        return None
+
+
+def _converted(pipeline: Pipeline, device: str) -> Any:
+    """From its own files; kept as it is then, where that was work."""
+    from pipelines.engine import weights
+
+    model, _ = weights.load(
+        pipeline.home,
+        dtype=pipeline.dtype,
+        quantize=pipeline.quantize,
+        device=device,
+        device_map=pipeline.device_map,
+        pictures=pipeline.takes_images,
+    )
+    if device == "cpu" and (pipeline.quantize or any(pipeline.home.glob("*.gguf"))):
+        snapshot.write(_place(pipeline), model)
+    return model
 
 
 def _sample(pipeline: Pipeline) -> Sample | None:

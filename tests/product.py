@@ -49,7 +49,7 @@ class Product:
         )  # its logs and rendered models are its own; the weights are shared
         cache.mkdir()
         (cache / "weights").symlink_to(cache_dir() / "weights")
-        for made in ("kernels", "compiled"):  # for this machine, once
+        for made in ("kernels", "compiled", "snapshots"):  # for this machine, once
             (cache_dir() / made).mkdir(parents=True, exist_ok=True)
             (cache / made).symlink_to(cache_dir() / made)
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "TRIPTYCH_"))}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import logging
 import os
 import re
@@ -29,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from pipelines.engine import native
@@ -178,7 +178,7 @@ def _key(model: Any) -> str:
     def tell(*parts: Any) -> None:
         told.update(repr(parts).encode())
 
-    tell(torch.__version__, transformers.__version__, sys.version_info[:2], native.processor())
+    tell(torch.__version__, importlib.metadata.version("transformers"), sys.version_info[:2], native.processor())
     tell(model.config.to_json_string(use_diff=False))
     for part in describe(model):
         tell(part)

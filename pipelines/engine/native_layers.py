@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +66,9 @@ class NativeLinear(nn.Module):
         self._product(at, len(flat), stride, *self._weight, into, self.out_features, _threads(self._kernels))
         return out
 
+    def __reduce__(self) -> Any:  # addresses mean nothing elsewhere
+        return partial(NativeLinear, bias=self.bias), (self._kernels, self.native)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.native.bits}"
 
@@ -87,6 +92,9 @@ class NativeEmbedding(nn.Module):
             raise IndexError(f"token ids must be from 0 to {self.num_embeddings - 1}")
         return out
 
+    def __reduce__(self) -> Any:
+        return partial(NativeEmbedding, factor=self.factor), (self._kernels, self.native)
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.native.bits}"
 
@@ -106,6 +114,9 @@ class NativeNorm(nn.Module):
         into = out.data_ptr()
         self._norm(flat.data_ptr(), len(flat), flat.stride(0), *self._weight, into, _threads(self._kernels))
         return out
+
+    def __reduce__(self) -> Any:
+        return partial(NativeNorm, epsilon=self.epsilon, added=self.added), (self._kernels, self.weight)
 
     def extra_repr(self) -> str:
         return f"{self._width}, epsilon={self.epsilon}, added={self.added}"

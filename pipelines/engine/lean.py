@@ -1,0 +1,79 @@
+"""Imports what models of transformers are made of without what only training and compiling need: in half the time.
+
+Those modules import torch's compiler, for decorators that do nothing unless it runs, tensors that are laid over several
+machines, and a second index of the files of all 500 models. None of it is used where a model only runs. Here
+placeholders stand for it while the modules are imported, and are gone afterwards: whoever asks for the compiler, or for
+another model, then gets all of it. Knows no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_COMPILER, _WRAPPED = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
+_SHARED = ("transformers.modeling_utils", "transformers.modeling_layers", "transformers.generation.utils")
+
+
+def import_transformers(*models: str) -> None:
+    """The modules that all models share, and those of these models, by their full names.
+
+    At once where they are there already; as a whole, which takes longer, where it does not work this way.
+    """
+    if _COMPILER in sys.modules or _SHARED[0] in sys.modules:
+        return
+    try:
+        with _placeholders():
+            for name in (*_SHARED, *models):
+                importlib.import_module(name)
+    except Exception as error:  # other versions, with other needs
+        log.warning("transformers is imported as a whole: %s: %s", type(error).__name__, error)
+
+
+@contextmanager
+def _placeholders() -> Iterator[None]:
+    import torch.distributed
+
+    found = importlib.util.find_spec("transformers")
+    assert found is not None
+    assert found.origin is not None
+    models, compiler, wrapped = ModuleType("transformers.models"), ModuleType(_COMPILER), ModuleType(_WRAPPED)
+    models.__path__ = [str(Path(found.origin).parent / "models")]
+    compiler.__path__ = []
+    for name in ("disable", "assume_constant_result", "allow_in_graph"):
+        setattr(compiler, name, _undecorated)
+    wrapped.TransformGetItemToIndex = _transform  # type: ignore[attr-defined]
+    standing = {module.__name__: module for module in (models, compiler, wrapped)}
+    available = torch.distributed.is_available
+    sys.modules.update(standing)
+    torch.distributed.is_available = lambda: False  # asked once, and remembered
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = available
+        for name, module in standing.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+
+def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
+    """A decorator for the compiler, with arguments or without."""
+    return _same if function is None else function
+
+
+def _same(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _transform() -> Any:
+    """What some masks are made within: the compiler's own, once it is asked for."""
+    return importlib.import_module(_WRAPPED).TransformGetItemToIndex()

@@ -1,0 +1,69 @@
+"""The cold start bench: its arithmetic, its readers, and a round of it against a running product."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import coldstart
+from bench.coldstart import BenchError, Server
+from pipelines.phases import NAMES
+from tests.product import Product
+
+PHASES = dict.fromkeys(NAMES, 0.5) | {"first_token": 0.25}
+
+
+def test_medians_and_ratios_by_round() -> None:
+    colds = [{"total": total, **PHASES} for total in (2.0, 4.0, 3.0)]
+    parkeds = [{"total": 0.2, "wake": wake} for wake in (0.1, 0.1, 0.6)]
+    found = coldstart.result(colds, parkeds, {"ours": 9.0, "raw": 10.0, "safetensors": 3.0})
+    assert found["cold_first_token_s"] == 3.0
+    assert found["parked_first_token_s"] == 0.2
+    assert found["wake_vs_cold"] == 0.05
+    assert found["load_vs_raw_disk"] == 0.9
+    assert found["load_vs_safetensors"] == 3.0
+    assert found["phases_s"] == PHASES
+
+
+def test_the_last_line_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    async def measure(*asked: Any) -> Any:
+        return [{"total": 2.0, **PHASES}], [{"total": 0.2, "wake": 0.1}]
+
+    monkeypatch.setattr(coldstart, "measure", measure)
+    monkeypatch.setattr(coldstart, "reading", lambda *asked: {"ours": 9.0, "raw": 10.0, "safetensors": 3.0})
+    assert coldstart.main(["--rounds", "1"]) == 0
+    table, _, line = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert "warm_up" in table
+    assert json.loads(line)["phases_s"].keys() == PHASES.keys()
+
+
+def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(coldstart, "ANSWER_S", 0.1)
+    assert coldstart.main(["--triton", "127.0.0.1:9", "--rounds", "1"]) == 1
+    assert "bench.coldstart:" in capsys.readouterr().err
+
+
+def test_what_was_never_loaded_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coldstart, "place", lambda *asked, **how: tmp_path / "nothing")
+    with pytest.raises(BenchError, match="load echo once"):
+        coldstart.reading("echo", 1)
+
+
+def test_a_round_against_the_product(own_product: Product) -> None:
+    """Loaded by Triton's model control, parked, woken: an echo has the same life, and nothing to load."""
+
+    async def round() -> Any:
+        server = Server(own_product.grpc_url, "echo-small")
+        try:
+            return await coldstart.cold(server), await coldstart.parked(server)
+        finally:
+            await server.close()
+
+    cold, parked = asyncio.run(round())
+    assert cold.keys() == {"total", *PHASES}
+    assert cold["total"] > cold["first_token"] > 0
+    assert parked["total"] > parked["wake"] >= 0
