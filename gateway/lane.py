@@ -380,6 +380,8 @@ class Lane:
         """A request was not taken. Where the orchestrator is gone, or another than has our lane, none will be: whoever
         waits on the lane is still served, by an orchestrator that is being unloaded."""
         self._told.ended(self.pipeline.name, id)
+        if error.code == "unhealthy":  # Triton's word of whom we call, which is the orchestrator
+            self._on_unhealthy(self.pipeline.name, "orchestrator")
         stream = self._streams.pop(id, None)
         if stream:
             stream.fail(error)

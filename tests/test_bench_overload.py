@@ -50,6 +50,7 @@ def test_all_goals_reached():
         (over(refused(1.0, took_s=0.02)), "p99 of refusals 20.0"),
         (over(Sample(BATCH, 25, Result("http 503", status=503, started=1, ended=1))), "1 refusals without"),
         (over(queued=(3.0, 17.0)), "17 waiting"),
+        (over(queued=()), "inf waiting"),
         (over(resident=[100 * MIB] * 5 + [109 * MIB]), "the gateway grew by 9.0 MiB"),
         (over(served(1, error="closed early")), "other failures: {'closed early': 1}"),
         (over(served(1, tokens=24)), "other failures: {'wrong answer': 1}"),
@@ -66,5 +67,5 @@ def test_what_ends_after_the_time_is_not_counted():
 
 
 def test_nothing_served_is_no_success():
-    found = verdict(PEAK, load(refused(1.0)), max_queue=16)
+    found = verdict(PEAK, load(refused(1.0), queued=[16.0]), max_queue=16)
     assert [goal.split(" ")[0] for goal in found["missed"]] == ["goodput", "interactive"]

@@ -164,6 +164,7 @@ def test_parked_it_wakes_for_a_request(cold: Product) -> None:
 
 def test_weights_that_cannot_be_read_fail_with_their_reason_and_nothing_else_notices(cold: Product) -> None:
     ask(cold, "cold")
+    unloaded(cold, "brief")  # which would go by itself meanwhile
     shm = len(cold.shm())
     failed = ask(cold, "broken-weights")
     assert failed.status_code == 503

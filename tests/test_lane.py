@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +12,13 @@ from tritonclient.grpc import service_pb2
 
 from gateway import lane
 from gateway.backend import Delta, Submission
-from gateway.lane import MAX_BACKLOG, Lane, LaneStream
+from gateway.lane import MAX_BACKLOG, Lane, LaneStream, Nobody
 from pipelines import wire
 from pipelines.chat import Event
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
+from pipelines.terms import Terms
 
 
 def run(scenario: Any) -> list[str]:
@@ -177,7 +180,11 @@ class ScriptedCall:
         self.responses.put_nowait(response)
 
 
-def with_lane(scenario: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_lane(
+    scenario: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None,
+) -> None:
     monkeypatch.setattr(lane, "_RECONNECT_S", 0.0)
 
     async def main() -> None:
@@ -188,7 +195,7 @@ def with_lane(scenario: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             return calls[-1](requests)
 
         pipeline = Pipeline(name="m", source="path:none")
-        tested = Lane(pipeline, infer, 5.0, lambda pipeline, stage: None, endpoint="")
+        tested = Lane(pipeline, infer, 5.0, unhealthy, endpoint="", listener=Nobody())
         running = asyncio.create_task(tested.run())
         try:
             while not calls:
@@ -261,5 +268,31 @@ def test_a_lane_that_is_refused_is_lost(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(StageError, match="was lost") as lost:
             await running.next()
         assert lost.value.lost
+
+    with_lane(scenario, monkeypatch)
+
+
+def test_an_orchestrator_that_does_not_answer_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, only its requests were failed, one a second, and it was left as it was."""
+    told: list[tuple[str, str]] = []
+
+    async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
+        refused = await tested.submit(asked("a.1"))
+        calls[0].refuse("a.1", "Stub process 'm-orchestrator_0_0' is not healthy.")
+        with pytest.raises(StageError):
+            await refused.next()
+        assert told == [("m", "orchestrator")]
+
+    with_lane(scenario, monkeypatch, lambda pipeline, stage: told.append((pipeline, stage)))
+
+
+def test_a_request_ends_with_its_time_whatever_becomes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "GRACE_S", 0.0)
+
+    async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
+        late = await tested.submit(replace(asked("a.1"), terms=Terms(timeout_ms=20)))
+        with pytest.raises(StageError) as raised:
+            await late.next()
+        assert raised.value.code == "timeout"
 
     with_lane(scenario, monkeypatch)
