@@ -149,7 +149,8 @@ def test_a_stage_that_hangs_is_replaced(own_product: Product, stage: str) -> Non
                     os.kill(stub, signal.SIGSTOP)
     assert '"error"' in next(line for line in reversed(lines) if line)
     assert not any("[DONE]" in line for line in lines)
-    assert own_product.get("/health/ready") == (503, {"status": "not ready", "not_ready": ["echo-slow"]})
+    not_ready = (503, {"status": "not ready", "not_ready": ["echo-slow"]})
+    wait_for(lambda: own_product.get("/health/ready") == not_ready, 10)  # it is ended once it is told of
     wait_for(lambda: own_product.get("/health/ready")[0] == 200, 90)
     assert not alive(stub)
     again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW_WHOLE, "max_tokens": 4}, timeout=30)
