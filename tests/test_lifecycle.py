@@ -712,7 +712,7 @@ def test_frequency_counts_visits_and_forgets():
 
 
 def test_a_walk():
-    edges, refusals, starts = lifecycle_walk.walk(200_000, seed=7)
+    edges, refusals, starts = lifecycle_walk.walk(200_000, seed=7)  # a million: python -m tests.lifecycle_walk
     assert starts > 10_000
     assert set(refusals) == {"model_not_found", "unavailable", "timeout", "overloaded"}
     reached = {was for was, _, _ in edges} | {now for _, _, now in edges}
