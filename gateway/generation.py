@@ -105,7 +105,9 @@ class Generation:
         send: Opened,
     ) -> None:
         state = state_of(scope)
-        lifecycle, deep = state["lifecycle"], _is_deep(scope)
+        lifecycle, deep, backend = state["lifecycle"], _is_deep(scope), state["backend"]
+        if (pipeline := backend.pipelines().get(request.model)) is None:  # removed in this moment
+            raise model_not_found(request.model)
         place = Place(
             request=f"{report.request_id}.{_PROCESS}{next(_COUNT):x}",
             pipeline=request.model,
@@ -124,7 +126,7 @@ class Generation:
             with report.generation(request, head.id) as span:
                 terms, parent = deadline.left(), span.traceparent
                 submissions = self._submissions(request, terms, report.request_id, parent, deep=deep)
-                backend, patience_s = state["backend"], state["settings"].max_wait_s
+                patience_s = state["settings"].max_wait_s
 
                 async def able(pipeline: str) -> None:
                     await lifecycle.again(place)
@@ -134,7 +136,7 @@ class Generation:
                 streams = await _submit(retry, submissions)
                 deltas = report.heard(streams)
                 try:
-                    choices = self._choices(request, state["formats"].of(backend.pipelines()[request.model]))
+                    choices = self._choices(request, state["formats"].of(pipeline))
                     if request.stream:
                         await self._stream(request, head, choices, deltas, report, send.or_bare)
                     else:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from gateway.kept import Kept
 from gateway.keys import Keys, forget_secrets
 from gateway.lane import Lanes
 from gateway.lifecycle.driver import Lifecycle
-from gateway.lifecycle.states import State
+from gateway.lifecycle.states import State, View
 from gateway.loader import Loader
 from gateway.policies import limits_of, policy_of
 from gateway.ratelimit import Limits
@@ -152,7 +153,7 @@ class _Gateway:
             self._lost,
         )
         policies = {name: policy_of(pipeline, settings, gpu=self._on_gpu) for name, pipeline in self._served()}
-        self._lifecycle = Lifecycle(limits, policies, self._loader, transitions.tell)
+        self._lifecycle = Lifecycle(limits, policies, self._loader, self._state_changed)
         self._health = Health(self._lifecycle, self._lanes, first, lambda: self._loader.triton_is_there, catalog.broken)
 
     async def run(self) -> int:
@@ -179,7 +180,8 @@ class _Gateway:
         answering = [pipelines[name] for name in self._first if self._lanes.ready(name)]
         if not self._first:
             answering = [pipeline for pipeline in pipelines.values() if is_pulled(pipeline)]
-        print(greeting(self._settings.url, answering, keyed=self._keys.required), flush=True)
+        if answering:
+            print(greeting(self._settings.url, answering, keyed=self._keys.required), flush=True)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self) -> AsyncIterator[None]:
@@ -203,6 +205,13 @@ class _Gateway:
 
     def _lost(self, pipeline: str, reason: str) -> None:
         self._lifecycle.lost(pipeline, reason)
+
+    def _state_changed(self, pipeline: str, before: State, view: View) -> None:
+        transitions.tell(pipeline, before, view)
+        if view.state is State.FAILED and view.retry_at is not None and pipeline in self._first:
+            # While it is away the gateway is not ready, so nobody might ever ask for it.
+            wait_s = max(0.0, view.retry_at - time.monotonic())
+            asyncio.get_running_loop().call_later(wait_s, self._lifecycle.operate, "load", pipeline)
 
     def _catalog_changed(self, changed: Mapping[str, Pipeline], removed: frozenset[str]) -> None:
         policies = {name: policy_of(pipeline, self._settings, gpu=self._on_gpu) for name, pipeline in changed.items()}

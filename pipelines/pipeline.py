@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Pipeline:
         unique = hashlib.sha256(files.encode()).hexdigest()[:8]
         return cache_dir() / "weights" / f"{_slug(self.source)}-{unique}"
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Of what is loaded: it changes with every key but those that a loaded pipeline can follow as it is."""
         kept = {known.name: getattr(self, known.name) for known in fields(self) if known.name not in _FOLLOWED}
