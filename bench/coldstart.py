@@ -1,43 +1,38 @@
 """How long a pipeline takes from nothing, and from parked, to its first token, and where that goes.
 
-    triptych serve &                      # in another terminal; its Triton is asked directly
-    python -m bench.coldstart [--triton 127.0.0.1:8001] [--model NAME] [--rounds 5]
+    python -m bench.coldstart [--model NAME] [--rounds 5]
 
-Each round, in turns: the generate model is unloaded and loaded by Triton's model control, then the ensemble answers
-with one token: that is cold; it is parked, woken, and a first token comes: that is parked. The loaded weights
-are measured here, against a plain read of the same bytes and safetensors' loader of as many, dropped from the page
-cache before each where the kernel does it. Leaves the pipeline loaded. Nobody else should use it meanwhile.
+Starts `triptych serve` with the pipeline alone. Each round, in turns: it is unloaded, all of its stages, and a streamed
+request loads it: that is cold; it is parked, and a streamed request wakes it: that is parked. The times are a client's,
+to the first text; what the phases of the load took the gateway says. The loading of the weights is measured here,
+against a plain read of the same bytes and safetensors' loader of as many, dropped from the page cache before each where
+the kernel does it.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import http.client
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import tritonclient.grpc as grpc
-import tritonclient.grpc.aio as grpc_aio
-
-from bench.direct import Direct
+from bench import processes
+from bench.echoes import serving
 from bench.report import json_line, median, table
-from pipelines import contracts
 from pipelines.engine.snapshot import Reading, place
-from pipelines.phases import NAMES
 from pipelines.pipeline import DEFAULT, get_pipeline
 
 LOAD_S = 300.0
-ANSWER_S = 30.0
 PROMPT = "Name a colour."
+PHASES = ("triton", "spawn", "import", "weights", "warm_up", "lane")
 _BLOCK = 1 << 24
-
-_T = TypeVar("_T")
 
 Measured = dict[str, float]
 
@@ -46,108 +41,81 @@ class BenchError(RuntimeError):
     """Nothing can be measured; the message says why."""
 
 
-class Server:
-    """One pipeline on a running Triton."""
+class Gateway:
+    """One pipeline behind a running gateway, which this machine administers."""
 
-    def __init__(self, address: str, pipeline: str) -> None:
-        self._client = grpc_aio.InferenceServerClient(address)
-        self._direct = Direct(address)
+    def __init__(self, url: str, pipeline: str) -> None:
+        self._place = urllib.parse.urlsplit(url).netloc
         self._pipeline = pipeline
-        self._generate = contracts.model_name(pipeline, "generate")
 
-    async def close(self) -> None:
-        await self._direct.close()
-        await self._client.close()
+    def tell(self, operation: str, until: str) -> None:
+        """Until it is in that state, and nothing is being done to it."""
+        self._json("POST", f"/admin/pipelines/{self._pipeline}/{operation}")
+        deadline = time.monotonic() + LOAD_S
+        while (shown := self.shown())["state"] != until or shown["doing"]:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self._pipeline} is {shown['state']}, not {until}, after {LOAD_S:g} s")
+            time.sleep(0.01)
 
-    async def operate(self, operation: str) -> dict[str, Any]:
-        return await _patiently(lambda: self._operate(operation))
+    def shown(self) -> dict[str, Any]:
+        return self._json("GET", f"/admin/pipelines/{self._pipeline}")
 
-    async def _operate(self, operation: str) -> dict[str, Any]:
-        outputs = [grpc.InferRequestedOutput(contracts.ROWS.name)]
-        asked = await self._client.infer(
-            self._generate,
-            [],
-            outputs=outputs,
-            parameters={contracts.OPERATION: operation},
-            client_timeout=ANSWER_S,
-        )
-        told: dict[str, Any] = json.loads(asked.as_numpy(contracts.ROWS.name)[0])
+    def first_token(self) -> float:
+        """Seconds to the first text of a streamed answer."""
+        body = {"model": self._pipeline, "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "stream": True}
+        connection = http.client.HTTPConnection(self._place, timeout=LOAD_S)
+        started, first, lines = time.perf_counter(), 0.0, []
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+            for line in connection.getresponse():
+                lines.append(line)
+                if not first and line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                    first = time.perf_counter() - started
+        except (OSError, ValueError, LookupError) as error:
+            raise BenchError(f"no first token: {error!r} after {b''.join(lines)[-300:]!r}") from None
+        finally:
+            connection.close()
+        if not first or b"[DONE]" not in lines[-2]:
+            raise BenchError(f"no first token: {b''.join(lines)[-300:]!r}")
+        return first
+
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        connection = http.client.HTTPConnection(self._place, timeout=30)
+        try:
+            connection.request(method, path)
+            answer = connection.getresponse()
+            told: dict[str, Any] = json.load(answer)
+        except OSError as error:
+            raise BenchError(f"no gateway answers at {self._place}: {error}") from None
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            raise BenchError(f"{method} {path}: {told}")
         return told
 
-    async def unload(self) -> None:
-        """Until it is gone: Triton does it in its own time."""
-        await self._client.unload_model(self._generate)
-        deadline = time.monotonic() + LOAD_S
-        while await self._there():
-            if time.monotonic() > deadline:
-                raise BenchError(f"{self._generate} was not unloaded within {LOAD_S:.0f} s")
-            await asyncio.sleep(0.02)
 
-    async def load(self) -> None:
-        await asyncio.wait_for(self._client.load_model(self._generate), LOAD_S)
-
-    async def first_token(self) -> None:
-        """An answer of one token."""
-
-        async def ask() -> None:
-            result = await self._direct.ensemble(self._pipeline, PROMPT, 1, ANSWER_S)
-            if result.error:
-                raise BenchError(f"no first token: {result.error}")
-
-        await _patiently(ask)
-
-    async def _there(self) -> bool:
-        index = await self._client.get_model_repository_index(as_json=True)
-        states = {model["name"]: model.get("state", "") for model in index.get("models", [])}
-        return states.get(self._generate) not in ("UNAVAILABLE", "", None)
+def cold(gateway: Gateway) -> Measured:
+    gateway.tell("unload", "cold")
+    total = gateway.first_token()
+    phases = gateway.shown()["phases_s"]
+    return {"total": total, "first_token": max(0.0, total - sum(phases.values())), **{p: phases[p] for p in PHASES}}
 
 
-async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """Again and again: a gateway that sees a stage gone loads its pipeline too, and it is away for that moment."""
-    deadline = time.monotonic() + ANSWER_S
-    while True:
-        try:
-            return await ask()
-        except (BenchError, grpc.InferenceServerException):
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.02)
+def parked(gateway: Gateway) -> Measured:
+    gateway.tell("park", "parked")
+    total = gateway.first_token()
+    return {"total": total, "wake": gateway.shown()["wake_s"]}
 
 
-async def cold(server: Server) -> Measured:
-    await server.unload()
-    started = time.perf_counter()
-    await server.load()
-    loaded = time.perf_counter()
-    await server.first_token()
-    ended = time.perf_counter()
-    phases = (await server.operate("state"))["phases_s"]
-    return {"total": ended - started, "first_token": ended - loaded, **{name: phases[name] for name in NAMES}}
-
-
-async def parked(server: Server) -> Measured:
-    await server.operate("park")
-    started = time.perf_counter()
-    wake_s = (await server.operate("wake"))["wake_s"]
-    await server.first_token()
-    return {"total": time.perf_counter() - started, "wake": wake_s}
-
-
-async def measure(address: str, pipeline: str, rounds: int) -> tuple[list[Measured], list[Measured]]:
-    server = Server(address, pipeline)
+def measure(gateway: Gateway, rounds: int) -> tuple[list[Measured], list[Measured]]:
     colds: list[Measured] = []
     parkeds: list[Measured] = []
-    try:
-        if not (await server.operate("state"))["can_park"]:
-            raise BenchError(f"{pipeline} cannot be parked")
-        for turn in range(-1, rounds):  # the first is a warm-up
-            found = await cold(server), await parked(server)
-            if turn >= 0:
-                colds.append(found[0])
-                parkeds.append(found[1])
-            print("warm" if turn < 0 else f"round {turn + 1} of {rounds}", file=sys.stderr)
-    finally:
-        await server.close()
+    for turn in range(-1, rounds):  # the first is a warm-up
+        found = cold(gateway), parked(gateway)
+        if turn >= 0:
+            colds.append(found[0])
+            parkeds.append(found[1])
+        print("warm" if turn < 0 else f"round {turn + 1} of {rounds}", file=sys.stderr)
     return colds, parkeds
 
 
@@ -199,11 +167,12 @@ def _drop(path: Path) -> None:
 
 def result(colds: Sequence[Measured], parkeds: Sequence[Measured], rates: Mapping[str, float]) -> dict[str, Any]:
     """Medians of the rounds; ratios are of one round each."""
-    phases = {name: median([each[name] for each in colds]) for name in (*NAMES, "first_token")}
+    phases = {name: median([each[name] for each in colds]) for name in (*PHASES, "first_token")}
     return {
         "cold_first_token_s": median([each["total"] for each in colds]),
         "parked_first_token_s": median([each["total"] for each in parkeds]),
-        "wake_vs_cold": median([out["wake"] / all_["total"] for out, all_ in zip(parkeds, colds, strict=True)]),
+        "parked_vs_cold": median([woken["total"] / all_["total"] for woken, all_ in zip(parkeds, colds, strict=True)]),
+        "wake_s": median([each["wake"] for each in parkeds]),
         "load_vs_raw_disk": rates["ours"] / rates["raw"],
         "load_vs_safetensors": rates["ours"] / rates["safetensors"],
         "phases_s": phases,
@@ -214,16 +183,17 @@ def result(colds: Sequence[Measured], parkeds: Sequence[Measured], rates: Mappin
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--triton", default="127.0.0.1:8001", help="its gRPC address (%(default)s)")
-    parser.add_argument("--model", default=DEFAULT, help="a pipeline that it serves (%(default)s)")
+    parser.add_argument("--model", default=DEFAULT, help="a pipeline of the catalog (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(words)
-    try:
-        colds, parkeds = asyncio.run(measure(arguments.triton, arguments.model, arguments.rounds))
-        rates = reading(arguments.model, arguments.rounds)
-    except (BenchError, grpc.InferenceServerException, asyncio.TimeoutError) as error:
-        print(f"bench.coldstart: {error or type(error).__name__}", file=sys.stderr)
-        return 1
+    with processes.terminated_as_exit(), tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder:
+        try:
+            with serving(Path(folder), [], beside=[arguments.model]) as served:
+                colds, parkeds = measure(Gateway(served.url, arguments.model), arguments.rounds)
+            rates = reading(arguments.model, arguments.rounds)
+        except (BenchError, processes.StartError) as error:
+            print(f"bench.coldstart: {error}", file=sys.stderr)
+            return 1
     found = result(colds, parkeds, rates)
     rows: list[tuple[str, float]] = [*found["phases_s"].items(), ("cold to first token", found["cold_first_token_s"])]
     rows += [("parked to first token", found["parked_first_token_s"])]
@@ -234,7 +204,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-_RATIOS = ("wake_vs_cold", "load_vs_raw_disk", "load_vs_safetensors")
+_RATIOS = ("parked_vs_cold", "load_vs_raw_disk", "load_vs_safetensors")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,6 +22,7 @@ from gateway.protocol import GenerationRequest, Operation
 from gateway.sse import Written
 from gateway.state import state_of
 from observability import logs, metrics, tracing
+from observability.keeping import LOAD_PHASES, LOAD_PHASES_MS
 from observability.ring import Ended
 from observability.tracing import NO_SPAN, Span
 from pipelines.errors import StageError
@@ -130,20 +131,16 @@ class Report:
         worked = place.worked
         if worked is None or span is NO_SPAN:
             return
-        self._timings[f"model.{worked.verb}"] = (worked.ended - worked.began) * 1000
-        # A load may be older than the request, whose part of it is in its trace.
+        name = f"model.{worked.verb}"
+        self._timings[name] = (worked.ended - worked.began) * 1000
+        # A load may be older than the request, whose part of it is in its trace; its phases are the whole load's.
         offset_ns = tracing.now_ns() - int(time.monotonic() * 1e9)
-        floor_ns = int(place.asked * 1e9) + offset_ns
-        began_ns, ended_ns = (int(at * 1e9) + offset_ns for at in (worked.began, worked.ended))
-        attributes = {f"triptych.{worked.verb}_ms": (worked.ended - worked.began) * 1000}
-        begun_ns = max(floor_ns, began_ns)
-        load = tracing.start(f"model.{worked.verb}", parent=span, attributes=attributes, start_ns=begun_ns)
-        for phase, seconds in worked.phases.items():
-            phase_ended_ns = began_ns + int(seconds * 1e9)
-            if phase_ended_ns > floor_ns:
-                tracing.record(phase, load, max(floor_ns, began_ns), phase_ended_ns)
-            began_ns = phase_ended_ns
-        load.end(ended_ns)
+        begun_ns, ended_ns = (int(at * 1e9) + offset_ns for at in (max(place.asked, worked.began), worked.ended))
+        phases = {
+            LOAD_PHASES: list(worked.phases) or None,
+            LOAD_PHASES_MS: [seconds * 1000 for seconds in worked.phases.values()] or None,
+        }
+        tracing.record(name, span, begun_ns, ended_ns, phases)
 
     def broke(self, failure: Failure) -> None:
         """A stream whose headers went out before it could begin."""

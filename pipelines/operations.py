@@ -25,7 +25,7 @@ from pipelines.errors import StageError
 from pipelines.generate import Answer, Generate, Poll
 from pipelines.images.gate import Gate
 from pipelines.phases import Phases
-from pipelines.pipeline import Pipeline
+from pipelines.pipeline import Pipeline, cache_dir
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
 from pipelines.terms import Terms
@@ -97,6 +97,7 @@ def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
         kv_bytes=pipeline.kv_cache_mb * 10**6 or _share_of_memory(device),
         compile=True,
         sample=_sample(pipeline),
+        parked=cache_dir() / "parked",
     )
     phases.end("warm_up")
     pipeline.way_file.parent.mkdir(parents=True, exist_ok=True)

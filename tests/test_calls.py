@@ -1,5 +1,6 @@
 """Calls and reasoning at HTTP: a choice that is read, over real sockets, and as the official client sees it."""
 
+import dataclasses
 import json
 
 import openai
@@ -197,10 +198,13 @@ def test_formats_are_read_once_and_a_broken_one_is_plain_text(tmp_path, monkeypa
     for pipeline, template in ((thinker, "{{ tools }}<tool_call></think>"), (broken, "{% if %}")):
         pipeline.home.mkdir(parents=True)
         (pipeline.home / "chat_template.jinja").write_text(template)
-    formats = Formats([thinker, broken])
+    formats = Formats()
     assert formats.of(thinker).think == ("<think>", "</think>")
     assert formats.of(thinker) is formats.of(thinker)
     assert formats.of(broken) == AnswerFormat()
+    (thinker.home / "chat_template.jinja").write_text("{{ tools }}")
+    assert formats.of(thinker).think == ("<think>", "</think>")
+    assert formats.of(dataclasses.replace(thinker, context=64)) is not formats.of(thinker)  # another version
 
 
 # --- through the real Triton

@@ -20,6 +20,7 @@ from pipelines.sources import pull
 from tests.models import build
 from tests.otlp_receiver import Receiver
 from tests.product import Product, alive, wait_for
+from tests.test_cli import triptych
 
 LOAD_S = 120
 ASK = {"prompt": "a b c", "max_tokens": 3}
@@ -97,12 +98,17 @@ def test_the_first_request_loads_it_and_its_trace_shows_the_load(cold: Product, 
     assert int(first.headers["x-cold-start-ms"]) > 0
     assert "model.load;dur=" in first.headers["server-timing"]
     assert "x-cold-start-ms" not in ask(cold, "cold").headers
-    stages = {"preprocess", "queue", "prefill", "decode", "postprocess", "model.load", "weights"}
+    stages = {"preprocess", "queue", "prefill", "decode", "postprocess", "model.load"}
     root = otlp.tree(trace_id, expect=stages, remote_parent=parent, timeout=20)
     admission = root.find("admission")
     assert [child.name for child in admission.children] == ["model.load"]
-    phases = [child.name for child in admission.children[0].children]
-    assert phases == ["triton", "spawn", "import", "weights", "warm_up", "lane"]
+    told = admission.children[0].attributes
+    assert told["triptych.load.phases"] == ["triton", "spawn", "import", "weights", "warm_up", "lane"]
+    assert len(told["triptych.load.phases_ms"]) == 6
+    assert sum(told["triptych.load.phases_ms"]) > 0
+    drawn = triptych("trace", trace_id, "--url", cold.url).stdout
+    assert drawn.startswith("It came to a cold pipeline: "), drawn
+    assert "model.load" in drawn
 
 
 def test_a_hundred_who_ask_at_once_cause_one_load(cold: Product) -> None:

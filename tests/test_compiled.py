@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from pipelines.engine import native
 from pipelines.engine.compiled import Compiled
 from pipelines.engine.compiled_ops import StepCache, step_caches
-from pipelines.engine.compiled_skeleton import SMALL, dump, restore, tensors_of
+from pipelines.engine.compiled_skeleton import SMALL, dump, restore
 from pipelines.engine.swap import Native
+from pipelines.engine.tensors import tensors_of
 from pipelines.engine.weights import _quantise
 
 SIZES = {

@@ -50,6 +50,9 @@ class Lanes:
     async def __aexit__(self, *exception: object) -> None:
         pass
 
+    def open(self, pipeline: str) -> None:
+        pass
+
     def ready(self, pipeline: str) -> bool:
         return self.is_ready
 

@@ -196,13 +196,6 @@ def test_children_inherit_no_key():
     assert environ == {keys.API_KEYS_FILE: "/a", "PATH": "/bin"}
 
 
-def test_the_key_of_an_environment():
-    assert keys.own_key({}) == ""
-    assert keys.own_key({keys.API_KEYS: f" {ONE} ,b:{TWO}"}) == ONE
-    assert keys.own_key({keys.API_KEYS: f"a:{ONE},b:{TWO}"}) == ONE
-    assert keys.own_key({keys.API_KEYS: ONE, keys.ADMIN_KEY: THREE}) == THREE
-
-
 def test_every_key_is_compared_whichever_matches(monkeypatch):
     found = Keys.from_env({keys.API_KEYS: f"{ONE},{TWO},{THREE}"})
     compared = []

@@ -14,9 +14,9 @@ import torch
 from pipelines import contracts, footprint, operations
 from pipelines.engine import Limits, Request, parking
 from pipelines.engine.batched import BatchedEngine
-from pipelines.engine.compiled_skeleton import tensors_of
 from pipelines.engine.echo import EchoEngine
 from pipelines.engine.parking import LEAST, InHost, Parking
+from pipelines.engine.tensors import tensors_of
 from pipelines.engine.weights import load
 from pipelines.errors import StageError
 from pipelines.generate import Generate

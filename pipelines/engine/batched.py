@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,13 +18,12 @@ from torch import Tensor
 
 from pipelines.engine import Counters, Limits, Output, Request
 from pipelines.engine.compatible import CompatibleModel
-from pipelines.engine.compiled_skeleton import tensors_of
 from pipelines.engine.flat import FlatModel, Sample, rounds_inputs
 from pipelines.engine.parking import Parking
 from pipelines.engine.sampler import BROKEN, Choice, Draw, sample
 from pipelines.engine.scheduler import MAX_KEPT, Plan, Row, Scheduler, as_many, by_rectangle
 from pipelines.engine.slots import Unsupported, position_bytes
-from pipelines.pipeline import cache_dir
+from pipelines.engine.tensors import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,10 @@ class BatchedEngine:
         kv_dtype: torch.dtype | None = None,
         compile: bool = False,
         sample: Sample | None = None,
+        parked: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`parked` is a folder for what a parked model's memory is read from again; None: the system's own."""
         model.eval()
         config = model.config.get_text_config()
         if kv_dtype is None and rounds_inputs(model):
@@ -98,7 +100,7 @@ class BatchedEngine:
         if model.device.type != "cpu":  # hundreds of tokens more are hardly a longer step, and memory is taken whole
             self._scheduler.beside, self._scheduler.alone = lambda decoding: max(512, decoding), 8192
             self._scheduler.charge = by_rectangle
-        self._parking = Parking(tensors_of(model).values(), cache_dir() / "parked")
+        self._parking = Parking(tensors_of(model).values(), parked)
         self._clock = clock
         self._numbers = itertools.count()
         self._refused: list[Output] = []

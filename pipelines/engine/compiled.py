@@ -34,8 +34,9 @@ from torch import Tensor
 
 from pipelines.engine import native
 from pipelines.engine.compiled_ops import step_caches
-from pipelines.engine.compiled_skeleton import Unportable, describe, dump, tensors_of
+from pipelines.engine.compiled_skeleton import Unportable, describe, dump
 from pipelines.engine.compiled_step import Step, StepError
+from pipelines.engine.tensors import tensors_of
 from pipelines.pipeline import cache_dir
 
 log = logging.getLogger(__name__)

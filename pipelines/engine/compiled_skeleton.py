@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.engine.compiled_ops import traced
+from pipelines.engine.tensors import is_ours, tensors_of
 
 # Tensors as small as these keep their values: a compiler writes small ones into the code it makes.
 SMALL = 16
@@ -21,16 +22,6 @@ SMALL = 16
 
 class Unportable(ValueError):
     """This model cannot be described to another process; the message says why."""
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model, by the first place it is in."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for place, tensor in _inside(path, vars(module), seen):
-            found[place] = tensor
-    return found
 
 
 def dump(model: nn.Module) -> bytes:
@@ -77,28 +68,8 @@ def _numbers(place: str, value: Any, seen: set[int]) -> Iterator[Any]:
     for name, item in vars(value).items():
         if item is None or isinstance(item, bool | int | float | str | torch.dtype):
             yield place, name, str(item)
-        elif _is_ours(item):
+        elif is_ours(item):
             yield from _numbers(f"{place}.{name}", item, seen)
-
-
-def _inside(place: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a value that were not seen: in lists, tuples, dicts, and objects of this package's classes."""
-    if id(value) in seen or not (isinstance(value, Tensor | list | tuple | dict) or _is_ours(value)):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield place, value
-        return
-    named = (
-        dict(enumerate(value)) if isinstance(value, list | tuple) else value if isinstance(value, dict) else vars(value)
-    )
-    for name, item in named.items():
-        if name != "_modules":  # theirs are asked for by name
-            yield from _inside(f"{place}.{name}", item, seen)
-
-
-def _is_ours(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == __name__.partition(".")[0] and hasattr(value, "__dict__")
 
 
 class _Pickler(pickle.Pickler):

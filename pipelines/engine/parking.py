@@ -36,7 +36,7 @@ class Pages(NamedTuple):
 class Parking:
     """The weights among `tensors`. Those of a CPU are written, once, to a file without a name in `folder`."""
 
-    def __init__(self, tensors: Iterable[Tensor], folder: Path) -> None:
+    def __init__(self, tensors: Iterable[Tensor], folder: Path | None = None) -> None:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         large = [storage for storage in storages.values() if storage.nbytes() >= LEAST]
         self._held = large  # so that their memory is nobody else's
@@ -107,8 +107,9 @@ def _pages(storages: Iterable[UntypedStorage]) -> list[Pages]:
     return found
 
 
-def _written(pages: Sequence[Pages], folder: Path) -> IO[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _written(pages: Sequence[Pages], folder: Path | None) -> IO[bytes]:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as opened:
         file = opened.enter_context(tempfile.TemporaryFile(dir=folder))
         for part in _parts(pages):
