@@ -23,7 +23,7 @@ _TRITON_S = 3.0  # for the server itself to say that it lives
 
 
 class Guard:
-    """What a lane tells (`gateway.lane.Listener`) goes to the watchdog; `run` until cancelled."""
+    """What a lane tells (`gateway.witness`) goes to the watchdog; `run` until cancelled."""
 
     def __init__(self, control: Control, supervisor: Supervisor, patience: Patience) -> None:
         self.end: Callable[[Stall], None] = lambda stall: None  # the loader's

@@ -11,29 +11,26 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2
 
 from gateway.alone import alone
-from gateway.backend import Delta, Submission
+from gateway.backend import Submission
 from gateway.infer_request import request_bytes
+from gateway.lane_stream import LaneStream
+from gateway.witness import Nobody, Witness
 from observability import metrics
 from pipelines import contracts, wire
 from pipelines.chat import Event
 from pipelines.errors import StageError
-from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
-from pipelines.terms import time_is_up
 
 log = logging.getLogger(__name__)
 
 ROTATE_AFTER = 1000  # messages: a response stream that never ends grows the server by 2 KB each (DESIGN §3)
 SILENT_S = 5.0  # a lane without a message for so long is dead; a heartbeat comes ten times as often
-MAX_BACKLOG = 128 * 1024  # bytes that wait for one client which has not read for a while: some 2,000 tokens
-_SLOW_S = 1.0  # what comes faster than this is a burst, and not a slow client
-GRACE_S = 0.25  # after a request's time, for the word of it to come from the engine
 _RECONNECT_S = 0.5
 _CLOSE_S = 2.0  # for the orchestrator to finish the lanes
 _LANE = "lane-"  # the id of a lane's own request, with a number; a stream's has a dot
@@ -46,149 +43,6 @@ RECONNECT = [
 ]
 
 
-class Listener(Protocol):
-    """Who hears what lanes do: `gateway.guard`."""
-
-    def opened(self, pipeline: str) -> None: ...
-
-    def closed(self, pipeline: str) -> None: ...
-
-    def heard(self, pipeline: str, counters: Mapping[str, float]) -> None: ...
-
-    def submitted(self, pipeline: str, id: str) -> None:
-        """One without pictures, which preprocess takes at once."""
-
-    def taken(self, pipeline: str, id: str) -> None: ...
-
-    def ended(self, pipeline: str, id: str) -> None: ...
-
-
-class Nobody:
-    """Where others' Tritons are used, they look after them."""
-
-    def opened(self, pipeline: str) -> None:
-        pass
-
-    def closed(self, pipeline: str) -> None:
-        pass
-
-    def heard(self, pipeline: str, counters: Mapping[str, float]) -> None:
-        pass
-
-    def submitted(self, pipeline: str, id: str) -> None:
-        pass
-
-    def taken(self, pipeline: str, id: str) -> None:
-        pass
-
-    def ended(self, pipeline: str, id: str) -> None:
-        pass
-
-
-class LaneStream:
-    """One request's deltas, as they come from its lane (`gateway.backend.Stream`)."""
-
-    def __init__(self, id: str, cancel: Callable[[str], None], accept_timeout_s: float) -> None:
-        self.id = id
-        self._cancel = cancel
-        self._accept_timeout_s: float | None = accept_timeout_s
-        self._delta: Delta | None = None  # what has come since the last call
-        self._backlog = 0  # about the bytes of it
-        self._since = 0.0  # when the first of it came
-        self._error: StageError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._ended = False
-
-    async def next(self) -> Delta:
-        """What has come since the last call, as one delta: a slow client gets larger ones."""
-        while self._delta is None:
-            if self._error:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await asyncio.wait_for(self._waiter, self._accept_timeout_s)
-            except asyncio.TimeoutError:
-                raise StageError(
-                    f"The request was not taken within {self._accept_timeout_s:g} s.",
-                    code="timeout",
-                    stage="preprocess",
-                ) from None
-        # From here on silence is legitimate (a queue, a long prefill); heartbeats say that the pipeline lives.
-        self._accept_timeout_s = None
-        delta, self._delta, self._backlog = self._delta, None, 0
-        return delta
-
-    def expire_after(self, seconds: float) -> None:
-        """The engine keeps the request's time; here it is seen to that its end is heard, whatever becomes of it."""
-        self._timer = asyncio.get_running_loop().call_later(seconds + GRACE_S, self._expire)
-
-    def cancel(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-        if not self._ended:
-            self._ended = True
-            self._cancel(self.id)
-
-    def _expire(self) -> None:
-        if not self._ended:
-            self._cancel(self.id)
-            self.fail(time_is_up())
-
-    def push(self, event: Event) -> None:
-        if self._error:
-            return  # the end was told
-        if event.error:
-            self.fail(event.error)
-            return
-        self._ended = bool(event.finish_reason)
-        _, texts, reason, prompt_tokens, completion_tokens, stages, _, logprobs, cached_tokens, pictures = event
-        delta = Delta(texts, reason, prompt_tokens, completion_tokens, stages, logprobs, cached_tokens, pictures)
-        if self._delta is None:
-            self._delta, self._since = delta, time.monotonic()
-        else:
-            self._backlog += _size(delta)
-            if self._backlog > MAX_BACKLOG and time.monotonic() - self._since > _SLOW_S:
-                self._give_up()
-                return
-            self._delta = _merged(self._delta, delta)
-        self._notify()
-
-    def fail(self, error: StageError) -> None:
-        self._ended, self._error = True, error
-        self._notify()
-
-    def _give_up(self) -> None:
-        """The pipeline cannot be held back, and what it says for a client that does not read must not pile up."""
-        self._ended, self._delta = True, None
-        self._cancel(self.id)
-        self.fail(StageError("The answer was not read as fast as it was made.", code="timeout"))
-
-    def _notify(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-def _merged(earlier: Delta, later: Delta) -> Delta:
-    return later._replace(
-        texts=earlier.texts + later.texts,
-        prompt_tokens=earlier.prompt_tokens or later.prompt_tokens,
-        pictures=earlier.pictures or later.pictures,
-        logprobs=_side_by_side(earlier, later) if earlier.logprobs or later.logprobs else (),
-    )
-
-
-def _size(delta: Delta) -> int:
-    """About the memory that it takes in a backlog."""
-    entries = sum(1 + len(entry.top) for each in delta.logprobs for entry in each)
-    return sum(map(len, delta.texts)) + 60 * len(delta.texts) + 200 * entries
-
-
-def _side_by_side(*deltas: Delta) -> list[list[Entry]]:
-    """The entries of each text; a text that came without any has none."""
-    return [entries for delta in deltas for entries in delta.logprobs or [[] for _ in delta.texts]]
-
-
 class Lane:
     """One pipeline's lane: connects, keeps connected, rotates, and shares out what comes."""
 
@@ -199,10 +53,10 @@ class Lane:
         accept_timeout_s: float,
         on_unhealthy: Callable[[str, str], None],
         endpoint: str,
-        listener: Listener,
+        witness: Witness,
     ) -> None:
         self.pipeline = pipeline
-        self._told = listener
+        self._witness = witness
         self._endpoint = endpoint
         self._on_unhealthy = on_unhealthy
         self._accept_timeout_s = accept_timeout_s
@@ -234,7 +88,7 @@ class Lane:
         if submission.terms.timeout_ms is not None:
             stream.expire_after(submission.terms.timeout_ms / 1000)
         if not self._brings_images(submission):
-            self._told.submitted(self.pipeline.name, submission.id)
+            self._witness.submitted(self.pipeline.name, submission.id)
         parameters: dict[str, str | int] = {"listener": self._listener, contracts.OPERATION: "submit"}
         if submission.traceparent:
             parameters["traceparent"] = submission.traceparent
@@ -340,7 +194,7 @@ class Lane:
 
     def _cancel(self, id: str) -> None:
         self._streams.pop(id, None)
-        self._told.ended(self.pipeline.name, id)
+        self._witness.ended(self.pipeline.name, id)
         if submission := self._alone.get(id):  # the cancel must not come before it, by another stream
             submission.add_done_callback(lambda _: self._cancel(id))
             return
@@ -367,7 +221,7 @@ class Lane:
                 self._share(event)
             if counters:
                 metrics.engine_counters(self.pipeline.name, counters, self._endpoint)
-            self._told.heard(self.pipeline.name, counters)
+            self._witness.heard(self.pipeline.name, counters)
         self._received.inc()
         self._messages += 1
         if self._leaving:
@@ -379,7 +233,7 @@ class Lane:
     def _refused(self, id: str, error: StageError) -> None:
         """A request was not taken. Where the orchestrator is gone, or another than has our lane, none will be: whoever
         waits on the lane is still served, by an orchestrator that is being unloaded."""
-        self._told.ended(self.pipeline.name, id)
+        self._witness.ended(self.pipeline.name, id)
         if error.code == "unhealthy":  # Triton's word of whom we call, which is the orchestrator
             self._on_unhealthy(self.pipeline.name, "orchestrator")
         stream = self._streams.pop(id, None)
@@ -399,7 +253,7 @@ class Lane:
         if event.error and event.error.code == "unhealthy":
             self._on_unhealthy(self.pipeline.name, event.error.stage)
         if event.prompt_tokens or event.error:  # its first: preprocess has done its part
-            self._told.taken(self.pipeline.name, event.id)
+            self._witness.taken(self.pipeline.name, event.id)
         stream = self._streams.pop(event.id, None) if event.last else self._streams.get(event.id)
         if stream:
             stream.push(event)
@@ -430,10 +284,10 @@ class Lanes:
         *,
         accept_timeout_s: float,
         endpoint: str = "",
-        listener: Listener | None = None,
+        witness: Witness | None = None,
     ) -> None:
         self._target = target
-        self._listener = listener or Nobody()
+        self._witness = witness or Nobody()
         self._endpoint = endpoint
         self._accept_timeout_s = accept_timeout_s
         self.on_unhealthy: Callable[[str, str], None] = lambda pipeline, stage: None  # the loader's
@@ -471,9 +325,9 @@ class Lanes:
             self._accept_timeout_s,
             self._unhealthy,
             self._endpoint,
-            self._listener,
+            self._witness,
         )
-        self._listener.opened(pipeline)
+        self._witness.opened(pipeline)
         self._lanes[pipeline] = lane
         self._tasks[pipeline] = asyncio.create_task(lane.run(), name=f"lane {pipeline}")
         return lane
@@ -481,7 +335,7 @@ class Lanes:
     async def close(self, pipeline: str) -> None:
         """The orchestrator ends it: nothing of it is in flight in Triton then."""
         if lane := self._lanes.pop(pipeline, None):
-            self._listener.closed(pipeline)
+            self._witness.closed(pipeline)
             lane.close()
             await self._end([self._tasks.pop(pipeline)])
             metrics.forget_engine(pipeline, self._endpoint)
@@ -489,7 +343,7 @@ class Lanes:
     def lose(self, pipeline: str, error: StageError) -> None:
         """The pipeline has died: its lane is over, and whoever waits on it is told."""
         if lane := self._lanes.pop(pipeline, None):
-            self._listener.closed(pipeline)
+            self._witness.closed(pipeline)
             lane.lose(error)
             del self._tasks[pipeline]
             metrics.forget_engine(pipeline, self._endpoint)  # its counts start anew

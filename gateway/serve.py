@@ -141,7 +141,7 @@ class _Gateway:
             settings.triton_grpc,
             catalog.pipelines,
             accept_timeout_s=settings.accept_timeout_s,
-            listener=self._guard,
+            witness=self._guard,
         )
         self._loader = Loader(
             self._control,

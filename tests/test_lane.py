@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2
 
-from gateway import lane
+from gateway import lane, lane_stream
 from gateway.backend import Delta, Submission
-from gateway.lane import MAX_BACKLOG, Lane, LaneStream, Nobody
+from gateway.lane import Lane
+from gateway.lane_stream import MAX_BACKLOG, LaneStream
+from gateway.witness import Nobody
 from pipelines import wire
 from pipelines.chat import Event
 from pipelines.errors import StageError
@@ -116,7 +118,7 @@ def test_what_a_client_does_not_read_does_not_pile_up(monkeypatch: pytest.Monkey
         for number in range(100_000):
             stream.push(Event("a", ["word"]))
             if number == 100:
-                monkeypatch.setattr(lane, "_SLOW_S", 0.0)  # it has waited for long enough
+                monkeypatch.setattr(lane_stream, "_SLOW_S", 0.0)  # it has waited for long enough
             if stream._error:
                 break
         assert 100 < number < MAX_BACKLOG / 60
@@ -195,7 +197,7 @@ def with_lane(
             return calls[-1](requests)
 
         pipeline = Pipeline(name="m", source="path:none")
-        tested = Lane(pipeline, infer, 5.0, unhealthy, endpoint="", listener=Nobody())
+        tested = Lane(pipeline, infer, 5.0, unhealthy, endpoint="", witness=Nobody())
         running = asyncio.create_task(tested.run())
         try:
             while not calls:
@@ -287,7 +289,7 @@ def test_an_orchestrator_that_does_not_answer_is_told_of(monkeypatch: pytest.Mon
 
 
 def test_a_request_ends_with_its_time_whatever_becomes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "GRACE_S", 0.0)
+    monkeypatch.setattr(lane_stream, "GRACE_S", 0.0)
 
     async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
         late = await tested.submit(replace(asked("a.1"), terms=Terms(timeout_ms=20)))
