@@ -21,8 +21,11 @@ _PLACE = re.compile(r"\s*At:\n.*", re.DOTALL)  # of an exception in a stub: its 
 _WHERE = re.compile(r"^(?:failed to load|load failed for model) '[^']*'[^:]*: (?:version \d+ is at \w+ state: )?")
 
 
+_BUSY = "currently loading or unloading"  # Triton's word where a related model is
+
+
 class Away(Exception):
-    """Triton does not answer."""
+    """Triton does not answer, or not this for the moment."""
 
 
 class Control:
@@ -91,7 +94,8 @@ class Control:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             details = error.details() or str(error.code())
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not await self.live(1.0):  # Triton's models can be, too
+            unavailable = error.code() is grpc.StatusCode.UNAVAILABLE  # or a model of a Triton that lives
+            if _BUSY in details or (unavailable and not await self.live(1.0)):
                 raise Away(details) from None
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise StageError(f"Triton did not do it within {timeout_s:g} s", code="unavailable") from None

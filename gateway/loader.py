@@ -196,7 +196,13 @@ class Loader:
             old, fresh = list(MODELS), [ENSEMBLE, _ORCHESTRATOR]
         await self._unload_models(pipeline.name, old)
         # What is in flight on a dead stub pins the old copy for ever; loading beside it works (DESIGN §4).
-        await self._watching(_all(self._control.load(model_name(pipeline.name, model), LOAD_S) for model in fresh))
+        stages = self._in_turn(pipeline.name, [model for model in fresh if model != _ORCHESTRATOR])
+        await self._watching(_all([stages, self._in_turn(pipeline.name, [_ORCHESTRATOR])]))
+
+    async def _in_turn(self, pipeline: str, models: Iterable[str]) -> None:
+        """Triton does not load two members of an ensemble at once, unless it does so by itself."""
+        for model in models:
+            await self._control.load(model_name(pipeline, model), LOAD_S)
 
     async def _watching(self, load: Awaitable[None]) -> None:
         """Of a stub that dies while it loads, Triton leaves the shared memory: so it is known before it dies."""
