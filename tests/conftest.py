@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.pipeline import get_pipeline
+from pipelines.pipeline import CATALOG, get_pipeline
 from pipelines.sources import pull
 from tests.otlp_receiver import Receiver
 from tests.product import Product
@@ -19,6 +19,7 @@ _CATALOG = {
     "echo-token": 'stream_event = "token"\nmax_running = 1024',
     "echo-small": "context = 64",
 }
+_KEPT = "keep_alive = -1\n"  # whatever the time between two tests: a parked one would have to be woken
 SERVED = ("smollm2-135m-instruct", "echo", *_CATALOG)
 
 
@@ -39,8 +40,11 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, smollm2_home: Path) -> Pat
     echo = get_pipeline("echo")
     for name, lines in _CATALOG.items():
         digests = ", ".join(f'"{file}" = "{digest}"' for file, digest in echo.sha256.items())
-        text = f'engine = "echo"\nsource = "{echo.source}"\nsha256 = {{ {digests} }}\n{lines}\n'
+        text = f'engine = "echo"\nsource = "{echo.source}"\nsha256 = {{ {digests} }}\n{_KEPT}{lines}\n'
         (folder / f"{name}.toml").write_text(text)
+    for name in ("smollm2-135m-instruct", "echo"):
+        shipped = (CATALOG / f"{name}.toml").read_text()
+        (folder / f"{name}.toml").write_text(shipped.replace("\n[sha256]", f"\n{_KEPT}[sha256]"))
     return folder
 
 
