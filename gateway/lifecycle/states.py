@@ -73,7 +73,7 @@ class Limits:
     patience_s: float = 30.0  # of a waiter, until busy pipelines are drained for it
     backoff_s: float = 1.0  # after the first failure; doubles with each
     max_backoff_s: float = 60.0
-    stable_s: float = 60.0  # ready for so long, earlier failures are forgotten
+    stable_s: float = 15.0  # ready for so long, earlier failures are forgotten (60: bench.soak waited 100 s for one)
     half_life_s: float = 14400.0  # of a visit, in the frequency by which is evicted
 
 
