@@ -116,7 +116,8 @@ def _fetch_path(pipeline: Pipeline, folder: Path, work: Path, progress: Progress
         files = [place]
     elif place.is_dir():
         trusted = pipeline.trust_remote_code
-        names = [file.name for file in place.iterdir() if file.is_file()]
+        # It may be another's home, whose manifest is not this one's.
+        names = [file.name for file in place.iterdir() if file.is_file() and file.name != MANIFEST]
         files = [place / name for name in choose_files(names, "", f"path:{place}", code=trusted)]
         if files[0].suffix == ".gguf":  # beside it may lie the original's tokenizer: no need to convert one
             files += [place / name for name in names if TEXT_FILES.fullmatch(name)]

@@ -348,6 +348,14 @@ def test_what_a_killed_pull_left_is_cleared(tmp_path):
 # path:
 
 
+def test_another_pipelines_home_is_a_source(tmp_path):
+    """Its manifest was taken for one of the files, and the second was never complete."""
+    first = Pipeline(name="first", source=f"path:{make_model(tmp_path / 'model')}")
+    second = Pipeline(name="second", source=f"path:{pull(first)}")
+    pull(second)
+    assert is_pulled(second)
+
+
 def test_a_folder_is_linked_and_never_written_to(tmp_path):
     model = make_model(tmp_path / "model", chat_template=TEMPLATE)
     (model / "optimizer.pt").write_bytes(b"not ours")
