@@ -26,7 +26,6 @@ class Health:
         self._backend = backend
         self._essential = frozenset(essential)
         self._triton_is_there = triton_is_there
-        self._begun: set[str] = set()  # of the essential, those that have been ready once, or have failed
         self.broken_files = broken_files  # of the catalog, and what is wrong with each
         self.stopping = False
 
@@ -55,11 +54,7 @@ class Health:
     def _is_well(self, view: View) -> bool:
         name = view.pipeline
         if view.state is State.READY:
-            self._begun.add(name)
             return self._backend.ready(name)
-        if view.state is State.FAILED:
-            self._begun.add(name)
+        if view.state is State.FAILED or view.failures:  # the latter has died, and is replaced
             return False
-        if view.failures:  # it has died, and is replaced
-            return False
-        return name not in self._essential or name in self._begun
+        return name not in self._essential or self._lifecycle.was_loaded(name)

@@ -242,6 +242,10 @@ class Lifecycle:
     def view(self, pipeline: str) -> View:
         return self._scheduler.view(pipeline, time.monotonic())
 
+    def was_loaded(self, pipeline: str) -> bool:
+        """Whether it has been, or could not be, since this gateway began."""
+        return pipeline in self._worked
+
     def progress(self, pipeline: str) -> Progress:
         view = self.view(pipeline)
         if (work := self._works.get(pipeline)) is None:
