@@ -122,15 +122,19 @@ class Bounded(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         body, message = self._body_bytes, self._messages
-        in_body = self._in_message and not self._in_head
+        in_message, in_body = self._in_message, self._in_message and not self._in_head
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
             self._refuse(*_why(error))
             return
         # httptools collects a head, and what is around a body's chunks, without a bound.
-        if self._in_head and self._in_message and self._messages == message:
-            self._head_bytes += len(data)
+        if self._in_head and self._in_message:
+            if self._messages == message:
+                self._head_bytes += len(data)
+            else:  # it began here; behind another's end, what is known of it is what counts
+                alone = not in_message and self._messages == message + 1
+                self._head_bytes = len(data) if alone else self._head_size()
             if self._head_bytes > self._settings.max_header_bytes:
                 self._refuse(*_why(_HeadTooLarge()))
                 return
@@ -168,14 +172,16 @@ class Bounded(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._upgrading = True
             return
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._settings.max_header_bytes or len(self.headers) > MAX_HEADERS:
+        if self._head_size() > self._settings.max_header_bytes or len(self.headers) > MAX_HEADERS:
             raise _HeadTooLarge
         super().on_headers_complete()
         self._in_head = False
         self._stop_reading()
         self._unanswered.append(self.cycle)
         self._connections.busy(self)
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
