@@ -5,6 +5,8 @@ Knows names of models and Triton's words for what went wrong; no pipeline and no
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from typing import Any
 
@@ -69,6 +71,17 @@ class Control:
         answer = await self._call(self._stub.ModelInfer, request, timeout_s, stage="generate")
         said: dict[str, Any] = orjson.loads(answer.raw_output_contents[0][4:])  # a BYTES element begins with its length
         return said
+
+    async def quiesce(self, orchestrator: str, timeout_s: float) -> None:
+        """It calls no stage from then on, and says nothing, not even that: whether it heard does not matter."""
+        request = service_pb2.ModelInferRequest(model_name=orchestrator)
+        request.parameters[contracts.OPERATION].string_param = "quiesce"
+        call = self._stub.ModelStreamInfer(timeout=timeout_s)
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(request)
+            await call.done_writing()
+            async for _ in call:
+                pass
 
     async def probe(self, model: str, stage: str, timeout_s: float) -> None:
         """Returns if the stage's process answers a call that is no work; raises StageError, `lost`, if it does not."""

@@ -68,6 +68,7 @@ class Lane:
         self._out: asyncio.Queue[Any] = asyncio.Queue()
         self._heard = 0.0
         self._opened = asyncio.Event()
+        self._over: StageError | None = None
         self._numbers = 0
         self._messages = 0
         self._closing = False
@@ -149,14 +150,17 @@ class Lane:
 
     def lose(self, error: StageError) -> None:
         """The pipeline has died: whoever waits is told, and nothing is sent any more."""
-        self._closing = True
+        self._closing, self._over = True, error
+        self._opened.set()
         self._lose(error)
         if self._connection:
             self._connection.cancel()
 
     async def opened(self) -> None:
-        """Until the first heartbeat."""
+        """Until the first heartbeat. Raises what the lane was lost by before that."""
         await self._opened.wait()
+        if self._over:
+            raise self._over
 
     def close(self) -> None:
         """Let the orchestrator finish the lane: Triton waits for open requests when it stops."""

@@ -36,6 +36,7 @@ _ANSWER_S = 10.0  # for generate to say what it is
 _OPERATE_S = 120.0  # to park, or to wake
 _GONE_S = 20.0  # for the stubs of models that are unloaded to end
 _WATCH_S = 0.1
+_QUIET_S = 0.2  # for calls that are being made to be under way
 _ORCHESTRATOR = "orchestrator"
 
 T = TypeVar("T")
@@ -163,14 +164,20 @@ class Loader:
     # How.
 
     async def _load(self, pipeline: Pipeline) -> Ready:
-        began = time.monotonic()
+        """Once Triton is there; if it dies meanwhile, again."""
         while True:
             await self._up.wait()
             try:
-                await self._load_models(pipeline)
-                break
+                return await self._load_once(pipeline)
             except Away:
                 await asyncio.sleep(0.1)  # its death is noticed, and then it is waited for
+            except StageError:
+                if self._up.is_set():
+                    raise
+
+    async def _load_once(self, pipeline: Pipeline) -> Ready:
+        began = time.monotonic()
+        await self._load_models(pipeline)
         loaded_s = time.monotonic() - began
         self._supervisor.watch()
         lane = self._lanes.open(pipeline.name)
@@ -196,8 +203,10 @@ class Loader:
             old, fresh = list(MODELS), [ENSEMBLE, _ORCHESTRATOR]
         await self._unload_models(pipeline.name, old)
         # What is in flight on a dead stub pins the old copy for ever; loading beside it works (DESIGN §4).
-        stages = self._in_turn(pipeline.name, [model for model in fresh if model != _ORCHESTRATOR])
-        await self._watching(_all([stages, self._in_turn(pipeline.name, [_ORCHESTRATOR])]))
+        stages = [model for model in fresh if model != _ORCHESTRATOR]
+        await self._watching(
+            _all([self._in_turn(pipeline.name, stages), self._in_turn(pipeline.name, [_ORCHESTRATOR])])
+        )
 
     async def _in_turn(self, pipeline: str, models: Iterable[str]) -> None:
         """Triton does not load two members of an ensemble at once, unless it does so by itself."""
@@ -230,6 +239,11 @@ class Loader:
     async def _unload_models(self, pipeline: str, models: Iterable[str]) -> None:
         for model in dict.fromkeys(models):
             if model != ENSEMBLE and model in self._broken.get(pipeline, ()):
+                if model == _ORCHESTRATOR and self._supervisor.stubs_of(model_name(pipeline, model)):
+                    # A process that is killed while it makes a call holds a lock that tritonserver then aborts on
+                    # (boost::interprocess::lock_exception: 1 of 10 kills of preprocess on a busy machine).
+                    await self._control.quiesce(model_name(pipeline, model), _QUIET_S)
+                    await asyncio.sleep(_QUIET_S)
                 self._supervisor.end(model_name(pipeline, model))
             await self._control.unload(model_name(pipeline, model))
 

@@ -63,6 +63,7 @@ class Supervisor:
 
     def end_triton(self) -> None:
         """One that does not answer: it is then started anew."""
+        metrics.SUPERVISOR_EVENTS.labels("", "triton_hung").inc()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._triton.pid, signal.SIGKILL)
 

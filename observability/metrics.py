@@ -143,7 +143,7 @@ LANE_LAG_SECONDS = Histogram(
 )
 SUPERVISOR_EVENTS = Counter(
     "triptych_supervisor_events",
-    "What the supervisor saw and did: stub_died, stub_unhealthy, repaired, repair_failed, triton_died, …_restarted.",
+    "What the supervisor saw and did: stub_died, …_hung, …_unhealthy, repaired, repair_failed, triton_hung, …_died.",
     ["pipeline", "event"],
     registry=REGISTRY,
 )

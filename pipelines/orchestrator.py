@@ -46,9 +46,17 @@ class CalledStages:
     """The stages of one pipeline, as `pipelines.chat` wants them, over unary calls."""
 
     def __init__(self, call: Call, *, per_token: bool, takes_images: bool) -> None:
-        self._call = call
+        self._calls = call
+        self.quiet = False
         self._per_token = per_token
         self._takes_images = takes_images
+
+    def _call(
+        self, stage: str, values: Values, outputs: Sequence[Tensor], parameters: Mapping[str, str | int]
+    ) -> dict[Tensor, Any]:
+        if self.quiet:
+            raise StageError("this pipeline is being replaced", code="unavailable", stage=stage)
+        return self._calls(stage, values, outputs, parameters)
 
     def preprocess(self, inputs: Inputs, sampling: str, traceparent: str | None) -> Prompt:
         values = {tensor: inputs[tensor.name] for tensor in contracts.REQUEST if tensor.name in inputs}
@@ -98,8 +106,8 @@ class Orchestrator:
     def __init__(self, pipeline: Pipeline, call: Call) -> None:
         per_token = pipeline.stream_event == "token"
         self._recorder = Recorder.of(pipeline, os.environ)
-        stages = CalledStages(call, per_token=per_token, takes_images=pipeline.takes_images)
-        self._chat = Chat(stages, self._recorder)
+        self._stages = CalledStages(call, per_token=per_token, takes_images=pipeline.takes_images)
+        self._chat = Chat(self._stages, self._recorder)
         self._lanes: dict[str, Lane] = {}  # by listener: a gateway
         self._numbers = itertools.count()
         self._submitters = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="submit")
@@ -126,6 +134,9 @@ class Orchestrator:
         elif asked.operation == "cancel":
             reply.end()
             self._submitters.submit(self._chat.cancel, f"{listener}/{asked.parameters.get('id')}")
+        elif asked.operation == "quiesce":  # before its process is killed: see `gateway.loader`
+            self._stages.quiet = True
+            reply.end()
         elif asked.operation == "recording":
             recorded = self._recorder.recording(str(asked.parameters.get("span"))) if self._recorder else b""
             reply.send({contracts.EVENTS: recorded}, final=True)
@@ -181,7 +192,7 @@ class Orchestrator:
 
     def _turn(self) -> None:
         """The poller: turns while anybody listens."""
-        while not self._closing:
+        while not (self._closing or self._stages.quiet):
             if self._chat.idle:
                 self._wake.wait(1.0)
                 self._wake.clear()

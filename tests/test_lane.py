@@ -298,3 +298,19 @@ def test_a_request_ends_with_its_time_whatever_becomes_of_it(monkeypatch: pytest
         assert raised.value.code == "timeout"
 
     with_lane(scenario, monkeypatch)
+
+
+def test_who_waits_for_a_lane_hears_that_it_is_lost() -> None:
+    """A stage that died as soon as it was loaded kept its pipeline loading for ten minutes."""
+
+    async def main() -> None:
+        pipeline = Pipeline(name="m", source="path:none")
+        tested = Lane(pipeline, ScriptedCall(), 5.0, lambda pipeline, stage: None, endpoint="", witness=Nobody())
+        running, opening = asyncio.create_task(tested.run()), asyncio.create_task(tested.opened())
+        await asyncio.sleep(0)
+        tested.lose(StageError("it died", code="unavailable"))
+        with pytest.raises(StageError, match="it died"):
+            await asyncio.wait_for(opening, 5)
+        await asyncio.wait_for(running, 5)
+
+    asyncio.run(main())
