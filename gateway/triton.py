@@ -94,6 +94,8 @@ class Triton:
         command = [str(server_home() / "bin" / "tritonserver")]
         command += [f"--model-repository={self.repository}"]
         command += [f"--backend-directory={backend_directory()}", "--model-control-mode=explicit"]
+        # The configurations are whole; asked to complete them, each stage is started twice for one load.
+        command += ["--disable-auto-complete-config"]
         for service, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             command += [f"--{service}-address=127.0.0.1", f"--{service}-port={port}"]
         command += ["--strict-readiness=false", f"--exit-timeout-secs={_EXIT_S}"]
