@@ -213,6 +213,7 @@ _ENGINE_COUNTERS = {
     "steps": "Forward passes.",
     "step_ns": "Time in them.",
     "step_rows": "Sequences in them: over the steps, the mean batch size.",
+    "compiled_steps": "Forward passes by compiled code.",
     "prompt_tokens": "Tokens of the prompts that were admitted.",
     "cached_tokens": "Those of them that were not computed again.",
     "output_tokens": "Tokens generated.",

@@ -241,6 +241,8 @@ class Chat:
     def turn(self) -> list[Sink]:
         """One poll, one postprocess, one message to each listener; answers which listeners have gone."""
         poll = self._stages.poll(COALESCE_S if self._waiting else HEARTBEAT_S)
+        if self._recorder:
+            self._recorder.polled(poll.counters)
         claimed = self._claim(poll.rows)
         texts = self._texts(claimed) if claimed else []
         for (row, live), text in zip(claimed, texts, strict=True):

@@ -39,8 +39,11 @@ _compiling = ThreadPoolExecutor(2, "structures")
 _with_pictures = ThreadPoolExecutor(64, "pictures")  # as many as the orchestrator submits at once
 
 
-def load(pipeline: Pipeline, phases: Phases) -> Generate:
-    """The stage of a pipeline, its engine loaded and its threads running."""
+def load(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = None) -> Generate:
+    """The stage of a pipeline, its engine loaded and its threads running.
+
+    `compiled`: None takes compiled steps once there are some; True waits for them, and False does without.
+    """
     stop_checker = Postprocess.load(pipeline.home).stop_checker
     room = Gate(pipeline.image_memory_mb << 20)
     if pipeline.engine in ("echo", "query"):  # neither can be held to a structure
@@ -50,11 +53,11 @@ def load(pipeline: Pipeline, phases: Phases) -> Generate:
 
     # Before the weights, so that the tokenizer is read while they are.
     constraints = Constraints(pipeline.home / "tokenizer.json", read_limits(pipeline.home).eos_ids)
-    engine = load_engine(pipeline, phases)
+    engine = load_engine(pipeline, phases, compiled=compiled)
     return Generate(engine, stop_checker=stop_checker, constraint=constraints, room=room, phases_s=phases.seconds)
 
 
-def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
+def load_engine(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = None) -> Engine:
     if pipeline.engine == "echo":
         from pipelines.engine.echo import EchoEngine
 
@@ -84,6 +87,7 @@ def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
 
     import_transformers(*(reading.modules if reading else ()))
     from pipelines.engine.batched import BatchedEngine
+    from pipelines.engine.slots import Unsupported
 
     phases.end("import")
     model = _kept(reading, device) or _converted(pipeline, device)
@@ -95,10 +99,15 @@ def load_engine(pipeline: Pipeline, phases: Phases) -> Engine:
         limits,
         max_running=pipeline.max_running,
         kv_bytes=pipeline.kv_cache_mb * 10**6 or _share_of_memory(device),
-        compile=True,
+        compile=compiled is not False,
         sample=_sample(pipeline),
         parked=cache_dir() / "parked",
     )
+    if compiled:
+        try:
+            engine.wait_compiled()
+        except Unsupported as why:
+            raise StageError(f"its steps shall be compiled ones, and {why}", stage="generate") from None
     phases.end("warm_up")
     pipeline.way_file.parent.mkdir(parents=True, exist_ok=True)
     pipeline.way_file.write_text(engine.way)

@@ -18,7 +18,7 @@ import orjson
 
 from pipelines import contracts
 from pipelines.pipeline import Pipeline
-from pipelines.recording import Boundary, Recording, made_with
+from pipelines.recording import COMPILED, MIXED, PLAIN, STEPS, Boundary, Recording, made_with
 
 if TYPE_CHECKING:
     from pipelines.chat import Event, Inputs, Prompt
@@ -39,6 +39,8 @@ class Recorder:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Recording] = OrderedDict()  # by handle, the oldest first
         self._sizes: dict[str, int] = {}
+        self._counters: Mapping[str, int] = {}  # generate's, as it told them last
+        self._before: dict[str, Mapping[str, int]] = {}  # by handle: what they were when it began
 
     @classmethod
     def of(cls, pipeline: Pipeline, environ: Mapping[str, str]) -> Recorder | None:
@@ -60,8 +62,12 @@ class Recorder:
             return
         size = sum(_size(value) for boundary in (held.asked, held.prompt) for value in boundary.values())
         with self._lock:
-            self._kept[handle], self._sizes[handle] = held, size
+            self._kept[handle], self._sizes[handle], self._before[handle] = held, size, self._counters
             self._make_room()
+
+    def polled(self, counters: Mapping[str, int]) -> None:
+        """Generate's counters, each time before what came with them is told."""
+        self._counters = counters
 
     def told(self, row: Row, event: Event) -> None:
         """Generate has produced something of a request, and this is what postprocess made of it."""
@@ -76,6 +82,7 @@ class Recorder:
             if row.finish_reason:
                 held.answer[contracts.FINISH_REASON.name] = row.finish_reason
                 held.text[contracts.FINISH_REASON.name] = event.finish_reason
+                held.about[STEPS] = _steps(self._before[row.id], self._counters)
             self._make_room()
 
     def recording(self, span: str) -> bytes:
@@ -105,7 +112,13 @@ class Recorder:
     def _make_room(self) -> None:
         while len(self._kept) > self._most or (self._kept and sum(self._sizes.values()) > self._most_bytes):
             handle, _ = self._kept.popitem(last=False)
-            del self._sizes[handle]
+            del self._sizes[handle], self._before[handle]
+
+
+def _steps(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """How the steps between were made: what is drawn at random hangs on the last bits, which are not the same."""
+    steps, compiled = (now.get(name, 0) - before.get(name, 0) for name in ("steps", "compiled_steps"))
+    return PLAIN if compiled == 0 else COMPILED if compiled == steps else MIXED
 
 
 def _bytes(value: Any) -> bytes:

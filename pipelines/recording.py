@@ -20,7 +20,7 @@ from pipelines.contracts import Tensor
 from pipelines.pipeline import Pipeline
 from pipelines.sources import weights_digest
 
-FORMAT, VERSION = "triptych-recording", 1
+FORMAT, VERSION = "triptych-recording", 2
 
 BOUNDARIES: Mapping[str, tuple[Tensor, ...]] = {
     "asked": contracts.REQUEST,  # what preprocess takes
@@ -36,6 +36,10 @@ _MATTERS = (
     *("device_map", "trust_remote_code"),
 )
 _ABOUT = "about"
+
+# How the engine's steps were made: by the model's own code, by the compiled, or first by the one and then the other.
+STEPS = "steps"
+PLAIN, COMPILED, MIXED = "plain", "compiled", "mixed"
 _DTYPES = {"TYPE_STRING": np.uint8, "TYPE_UINT8": np.uint8, "TYPE_INT64": np.int64}
 
 

@@ -22,7 +22,7 @@ from pipelines import contracts
 from pipelines.errors import StageError
 from pipelines.phases import Phases
 from pipelines.pipeline import CatalogError, Pipeline, get_pipeline
-from pipelines.recording import Boundary, Recording, RecordingError
+from pipelines.recording import COMPILED, MIXED, STEPS, Boundary, Recording, RecordingError
 from pipelines.sampling import Sampling
 from pipelines.sources import is_pulled
 
@@ -62,7 +62,7 @@ def generate(pipeline: Pipeline, recording: Recording) -> Boundary:
     ids = recording.prompt[contracts.INPUT_IDS.name]
     sampling = replace(_sampling(recording), logprobs=False, top_logprobs=0)
     answers: queue.SimpleQueue[Answer | StageError] = queue.SimpleQueue()
-    stage = load(pipeline, Phases())
+    stage = load(pipeline, Phases(), compiled=recording.about.get(STEPS) == COMPILED)
     try:
         stage.generate(ids, sampling, answers.put, features=features)
         answer = answers.get()
@@ -96,6 +96,8 @@ def replay(pipeline: Pipeline, recording: Recording, stage: str) -> list[str]:
         raise RecordingError(f"its weights are not here: run `triptych pull {pipeline.name}`.")
     run, made = STAGES[stage]
     recorded: Boundary = getattr(recording, made)
+    if stage == "generate" and recording.about.get(STEPS) == MIXED:
+        raise RecordingError("the engine took its compiled step into use while it ran: record it anew.")
     if stage != "preprocess" and not recording.answer.get(contracts.FINISH_REASON.name):
         raise RecordingError("it ends before the answer did: the request was cancelled, or was still running.")
     return list(differences(recorded, run(pipeline, recording)))

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from pipelines.engine import native
+from pipelines.engine import Limits, Request, native
+from pipelines.engine.batched import BatchedEngine
 from pipelines.engine.compiled import Compiled
 from pipelines.engine.compiled_ops import StepCache, step_caches
 from pipelines.engine.compiled_skeleton import SMALL, dump, restore
 from pipelines.engine.swap import Native
 from pipelines.engine.tensors import tensors_of
 from pipelines.engine.weights import _quantise
+from pipelines.sampling import Sampling
 
 SIZES = {
     "vocab_size": 97,
@@ -214,6 +216,64 @@ def test_numbers_that_are_in_no_tensor_are_part_of_the_name(folder, step, model,
     other = build()
     other.get_output_embeddings().native.gain *= 2
     assert Compiled(other, proof_of(model), folder).state != "compiled"
+
+
+class Found:
+    """A step that was compiled before: here for another model with the same weights."""
+
+    def __init__(self, step):
+        self.poll = lambda: step
+
+
+@pytest.fixture
+def engine(step, kernels):
+    made = BatchedEngine(build(), Limits(64, frozenset()))
+    made._forward._compiled = Found(step)
+    yield made
+    kernels.threads = 0  # an engine sets it, and it is part of a package's name
+
+
+def answered(engine, name, ids, tokens=4):
+    engine.submit(Request(name, ids, Sampling(temperature=0.9, seed=7, max_tokens=tokens, logprobs=True)))
+    return [(out.token_ids, out.logprobs) for out in finished(engine)]
+
+
+def finished(engine):
+    outputs = []
+    while engine.busy:
+        outputs += engine.step()
+    return outputs
+
+
+def test_the_first_step_is_compiled_too_and_that_after_waking(engine):
+    """Or a seed gives one answer when the pipeline has just been loaded or woken, and another later."""
+    first = answered(engine, "a", PROMPTS[0])
+    assert engine.counters.compiled_steps == engine.counters.steps == 4
+    engine.park()
+    engine.wake()
+    assert answered(engine, "b", PROMPTS[0]) == first
+    assert engine.counters.compiled_steps == engine.counters.steps == 8
+
+
+def test_what_was_computed_without_it_is_no_beginning_for_what_is_computed_with_it(engine):
+    compiled, engine._forward._compiled = engine._forward._compiled, None
+    kept, running, other = ([first, *range(20, 45)] for first in (3, 4, 5))
+    answered(engine, "kept", kept)
+    answered(engine, "kept too", kept)
+    cached = engine.counters.cached_tokens
+    assert cached == len(kept) - 1
+    engine.submit(Request("running", running, Sampling(max_tokens=9, ignore_eos=True)))
+    engine.step()
+    engine._forward._compiled = compiled
+    engine.step()
+    engine.submit(Request("beside", running, Sampling(max_tokens=3, ignore_eos=True)))
+    finished(engine)
+    answered(engine, "kept again", kept)
+    answered(engine, "other", other)
+    assert engine.counters.cached_tokens == cached
+    for ids in (running, kept, other):
+        answered(engine, "again", ids)
+    assert engine.counters.cached_tokens == cached + len(running) + len(kept) + len(other) - 3
 
 
 def test_without_a_compiler_it_says_so_once(tmp_path, model, monkeypatch, caplog):

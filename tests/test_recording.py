@@ -139,8 +139,8 @@ def test_a_file_of_another_version_or_none_is_refused(of_echo: Recording) -> Non
         return out.getvalue()
 
     assert Recording.from_bytes(changed({})).answer == of_echo.answer
-    with pytest.raises(RecordingError, match="of version 2, and this Triptych reads version 1"):
-        Recording.from_bytes(changed({"version": 2}))
+    with pytest.raises(RecordingError, match="of version 3, and this Triptych reads version 2"):
+        Recording.from_bytes(changed({"version": 3}))
     pickled = np.array([{"a": 1}], dtype=object)
     strange = {"prompt.input_ids": np.array([[1.5]])}
     unreadable = (changed({}, strange), changed({}, {"about": pickled}))
@@ -172,6 +172,25 @@ def test_the_recorder_keeps_the_last_within_its_bounds(echo: Pipeline) -> None:
     assert Recorder.of(echo, {"TRIPTYCH_RECORD": "0"}) is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "steps"),
+    [((7, 0), (9, 0), "plain"), ((7, 3), (9, 5), "compiled"), ((7, 3), (9, 4), "mixed"), ((7, 7), (2, 0), "mixed")],
+)
+def test_how_steps_were_made_is_recorded(
+    echo: Pipeline, before: tuple[int, int], after: tuple[int, int], steps: str
+) -> None:
+    recorder = Recorder(echo, 1, 10**6)
+    recorder.polled(dict(zip(("steps", "compiled_steps"), before, strict=True)))
+    recorder.began("h", "a", TRACEPARENT, {"prompt": "x"}, "{}", Prompt([1], "{}"))
+    recorder.polled(dict(zip(("steps", "compiled_steps"), after, strict=True)))
+    recorder.told(Row("h", [1], "stop"), Event("a", ["y"], "stop"))
+    recording = Recording.from_bytes(recorder.recording(SPAN))
+    assert recording.about["steps"] == steps
+    if steps == "mixed":
+        with pytest.raises(RecordingError, match="took its compiled step into use"):
+            replay.replay(echo, recording, "generate")
+
+
 def test_of_several_choices_the_first_is_given(echo: Pipeline) -> None:
     recorder = Recorder(echo, 9, 10**6)
     for id in ("a.ff", "a.100", "a.fe"):
@@ -182,12 +201,15 @@ def test_of_several_choices_the_first_is_given(echo: Pipeline) -> None:
 @pytest.mark.parametrize("model", ["echo", "smollm2-135m-instruct"])
 def test_a_request_is_recorded_and_replayed_offline(product: Product, tmp_path: Path, model: str) -> None:
     body = {"model": model, "messages": ask("Name two rivers."), "max_tokens": 24, "temperature": 0.7, "stop": ["zzz"]}
-    headers = {"x-request-id": f"record-{model}"}
-    answer = httpx.post(f"{product.url}/v1/chat/completions", json=body, headers=headers, timeout=120).json()
     file = tmp_path / "it.recording"
-    done = triptych("record", "--trace", f"record-{model}", str(file), "--url", product.url)
-    assert (done.returncode, done.stderr) == (0, "")
-    recording = Recording.from_bytes(file.read_bytes())
+    for turn in ("first", "second"):
+        headers = {"x-request-id": f"record-{model}-{turn}"}
+        answer = httpx.post(f"{product.url}/v1/chat/completions", json=body, headers=headers, timeout=120).json()
+        done = triptych("record", "--trace", f"record-{model}-{turn}", str(file), "--url", product.url)
+        assert (done.returncode, done.stderr) == (0, "")
+        recording = Recording.from_bytes(file.read_bytes())
+        if recording.about["steps"] != "mixed":  # which is so once: while the compiled step is taken into use
+            break
     assert recording.text["generated_text"] == answer["choices"][0]["message"]["content"]
     assert len(recording.answer["output_ids"]) == answer["usage"]["completion_tokens"]
     assert len(recording.prompt["input_ids"]) == answer["usage"]["prompt_tokens"]

@@ -99,7 +99,8 @@ class Counters:
     Every request ends in exactly one of `finished` (stop, length or error) and `cancelled`. `prompt_tokens`
     counts the prompts that were admitted, `cached_tokens` what of them was not computed again, `preempted` how often
     a running request had to wait again; `steps` the passes that produced something, `step_ns` the time in them and
-    `step_rows` the rows in them, both 0 where the model's own code makes the steps.
+    `step_rows` the rows in them, both 0 where the model's own code makes the steps; `compiled_steps` are those that
+    compiled code made, which rounds otherwise than the model's own.
     """
 
     running: int = 0
@@ -107,6 +108,7 @@ class Counters:
     steps: int = 0
     step_ns: int = 0
     step_rows: int = 0
+    compiled_steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

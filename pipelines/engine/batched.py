@@ -35,6 +35,10 @@ class Forward(Protocol):
     def name(self) -> str:
         """Which way it is run."""
 
+    compiled: bool  # whether the last forward was compiled code's
+
+    def wait_compiled(self) -> None: ...
+
     def forward(self, plan: Plan) -> Tensor: ...
 
     def copy(self, source: int, target: int, length: int) -> None: ...
@@ -93,6 +97,7 @@ class BatchedEngine:
         except Unsupported as why:
             self.why_not_fast = str(why)
             self._forward = CompatibleModel(model)
+        self._compiled = self._forward.compiled
         fast = not self.why_not_fast
         self._scheduler = Scheduler(self._forward, capacity, max_running, share=fast, chunked=fast)
         if rounds_inputs(model):  # a step on the kernels is about as long as it has tokens, elsewhere few cost nothing
@@ -112,6 +117,10 @@ class BatchedEngine:
     def way(self) -> str:
         """How the model is run: fast, or compatible and why."""
         return f"{self._forward.name}: {self.why_not_fast}" if self.why_not_fast else self._forward.name
+
+    def wait_compiled(self) -> None:
+        """Until every step will be compiled code's. Raises `Unsupported` where none will be."""
+        self._forward.wait_compiled()
 
     def submit(self, request: Request) -> None:
         if request.id in self._in_flight:
@@ -192,6 +201,10 @@ class BatchedEngine:
             else:
                 part.advance()
         self.counters.steps += 1
+        self.counters.compiled_steps += self._forward.compiled
+        if self._forward.compiled != self._compiled:  # it rounds otherwise than what was kept
+            self._compiled = self._forward.compiled
+            self._scheduler.forget()
         logits = [logits for _, logits in found] or [torch.empty(0)]
         return [row for rows, _ in found for row in rows], logits[0] if len(logits) == 1 else torch.cat(logits)
 

@@ -15,12 +15,17 @@ from torch import Tensor
 
 from pipelines.engine.scheduler import Plan, Row
 from pipelines.engine.sight import tensors
+from pipelines.engine.slots import Unsupported
 
 
 class CompatibleModel:
     """The same calls as `flat.FlatModel`. Prompts come whole, and nothing is shared."""
 
     name = "compatible"
+    compiled = False
+
+    def wait_compiled(self) -> None:
+        raise Unsupported("it is run the compatible way, which is not compiled")
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -36,6 +36,7 @@ from pipelines.engine import native
 from pipelines.engine.compiled_ops import step_caches
 from pipelines.engine.compiled_skeleton import Unportable, describe, dump
 from pipelines.engine.compiled_step import Step, StepError
+from pipelines.engine.slots import Unsupported
 from pipelines.engine.tensors import tensors_of
 from pipelines.pipeline import cache_dir
 
@@ -74,6 +75,13 @@ class Compiled:
         if self._child is not None and self._child.poll() is not None:
             self._finish(self._child)
         return self._step
+
+    def wait(self) -> None:
+        """Until there is one. Raises `Unsupported` if there will be none."""
+        if self._child is not None:
+            self._child.wait()
+        if self.poll() is None:
+            raise Unsupported(f"its step is {self.state}")
 
     def close(self) -> None:
         """Ends the compilers, if they run."""

@@ -63,6 +63,7 @@ class FlatModel:
         self._graphs: Graphs | None = None
         self._compiled: Compiled | None = None
         self._sight: Sight | None = None
+        self.compiled = False
         if model.config is not config:  # of its halves one reads text
             self._sight = Sight(model)
             self._caller = self._sight.caller
@@ -89,6 +90,11 @@ class FlatModel:
     def name(self) -> str:
         return "fast, compiled" if self._compiled and self._compiled.poll() else "fast"
 
+    def wait_compiled(self) -> None:
+        if self._compiled is None:
+            raise Unsupported("it takes pictures, or its layers share what they keep: such a model is not compiled")
+        self._compiled.wait()
+
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Tensor:
         """The logits after each row that decodes and each prompt whose last chunk this is, in the plan's order."""
@@ -113,10 +119,11 @@ class FlatModel:
         spans = [Span(chunk.slot, chunk.start, chunk.length) for chunk in plan.chunks]
         self.cache.begin(plan.first, positions, spans, device)
         ids, kept = torch.tensor([tokens], device=device), torch.tensor(wanted, dtype=torch.long, device=device)
-        now, layers = self.cache.now, self.cache.layers
-        if self._compiled and layers[0].is_initialized and (step := self._compiled.poll()):
+        now = self.cache.now
+        if step := self._compiled and self._compiled.poll():
             # Prompts too, and not only what decodes: a row's bits must not depend on whether a prompt is beside it.
-            return step(ids, now.all_positions, now.all_slots, kept, layers)
+            self.compiled = True
+            return step(ids, now.all_positions, now.all_slots, kept, self.cache.layers)
         told = torch.tensor([places], device=device) if self._sight else now.all_positions[None]
         logits = self._told(ids, told, kept, pieces)
         for chunk in plan.chunks:

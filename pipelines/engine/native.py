@@ -52,10 +52,9 @@ class Kernels:
     `threads` is how many compute, the caller included; 0 is as many as torch has.
     """
 
-    threads = 0
-
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.threads = 0
         try:
             library = ctypes.CDLL(str(path))
             version = library.triptych_kernels()

@@ -56,6 +56,7 @@ class Row:
     admitted: bool = False
     finish_reason: str = ""
     error: str = ""
+    alone: bool = False  # what it computed so far is no beginning for another
     draw: Any = None  # the engine's: how its tokens are drawn
     given: Any = None  # the engine's: what the model is given of its pictures
     ids: Ids = field(init=False)  # what it comes with, by identity: its tokens when it was last put in the queue
@@ -229,18 +230,20 @@ class Scheduler:
         for slot in reversed(range(len(self.running))):
             row = self.running[slot]
             if row.finish_reason:
-                self._vacate(slot, keep=self.share and not row.error)
+                self._vacate(slot, keep=self.share and not row.error and not row.alone)
 
     def forget(self) -> None:
-        """Give up what is kept."""
+        """Give up what is kept; what the running have computed so far is theirs alone."""
         self._kept.clear()
+        for row in self.running:
+            row.alone = True
 
     def _make_room(self) -> None:
         """For one more position of every row: what is kept goes first, then whoever came last waits again."""
         while not self._fits(self.running):
             row = max(self.running)
             self._vacate(self.running.index(row), keep=False)
-            row.computed, row.ids = 0, row.identity()
+            row.computed, row.ids, row.alone = 0, row.identity(), False
             self.preempted += 1
             self.submit(row)
 
@@ -279,7 +282,7 @@ class Scheduler:
         """One token is always left to compute: its logits are what is wanted."""
         best = _Match()
         for slot, row in enumerate(self.running):
-            length = min(_shared(row.ids, ids), row.computed, len(ids) - 1)
+            length = 0 if row.alone else min(_shared(row.ids, ids), row.computed, len(ids) - 1)
             if length > best.length:
                 best = _Match(slot, length)
         for slot, kept in self._kept.items():
@@ -294,7 +297,7 @@ class Scheduler:
         return any(
             row.computed < (shared := min(_shared(row.ids, ids), len(ids) - 1)) and shared >= wanted
             for row in self.running
-            if not row.decodes
+            if not row.decodes and not row.alone
         )
 
     def _place(self, row: Row, match: _Match) -> None:

@@ -101,9 +101,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
                 stored[other, :, :length] = before
 
     def clear(self) -> None:
+        """Back to no slot, of the shape and type that it had: a compiled step writes into it without `update`."""
         if self.is_initialized:
-            del self.keys, self.values
-            self.is_initialized = False
+            self.keys, self.values = (
+                stored.new_empty((0, stored.shape[1], 0, stored.shape[3])) for stored in (self.keys, self.values)
+            )
 
     def _write(self, stored: Tensor, states: Tensor) -> None:
         now, states = self.now, states.to(stored.dtype)
