@@ -7,8 +7,10 @@ model beyond its name.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import signal
@@ -24,7 +26,10 @@ from typing import Any
 import tritonclient.grpc
 
 from observability import triton_spans
+from pipelines import compiler
 from pipelines.pipeline import cache_dir
+
+log = logging.getLogger(__name__)
 
 _SHM = Path("/dev/shm")
 _SHM_PREFIX = "triptych-"
@@ -33,8 +38,11 @@ _START = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
+    if sys.argv[2]:
+        os.environ["LD_PRELOAD"] = ":".join(filter(None, (sys.argv[2], os.environ.get("LD_PRELOAD"))))
+    os.execv(sys.argv[3], sys.argv[3:])
 """
+_ORPHANED_LOCKS = Path(__file__).with_name("orphaned_locks.cpp")
 _EXIT_S = 5  # how long the server waits for requests in flight
 
 
@@ -82,7 +90,7 @@ class Triton:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-c", _START, str(os.getpid()), *self._command()],
+                [sys.executable, "-S", "-c", _START, str(os.getpid()), str(orphaned_locks() or ""), *self._command()],
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -207,6 +215,22 @@ def backend_directory() -> Path:
             link.unlink(missing_ok=True)
             link.symlink_to(file)
     return folder
+
+
+def orphaned_locks() -> Path | None:
+    """What takes over the locks of stages that are killed, built when it is first wanted.
+
+    None where there is no compiler: such a death may end the server, which then is restarted.
+    """
+    source = _ORPHANED_LOCKS.read_bytes()
+    library = cache_dir() / "triton" / f"orphaned_locks-{hashlib.sha256(source).hexdigest()[:16]}.so"
+    if not library.exists():
+        try:
+            compiler.build(library, [_ORPHANED_LOCKS], ("-O2", "-std=c++17", "-fno-threadsafe-statics"))
+        except compiler.CompilerError as error:
+            log.warning("a stage that is killed may take tritonserver with it: %s", error)
+            return None
+    return library
 
 
 def libpython() -> Path | None:

@@ -18,7 +18,6 @@ import importlib.metadata
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines import compiler
+from pipelines.compiler import CompilerError
 from pipelines.engine import native
 from pipelines.engine.compiled_ops import step_caches
 from pipelines.engine.compiled_skeleton import Unportable, describe, dump
@@ -132,11 +133,8 @@ class Compiled:
 
     def _compile(self) -> None:
         """Start the process that compiles. It ends with this one: its standard input closes."""
-        compiler = (shlex.split(os.environ.get("CXX") or "g++") or [""])[0]
-        if not shutil.which(compiler):
-            self._give_up(f"there is no C++ compiler {compiler!r} (install g++, or set CXX)")
-            return
         try:
+            compiler.command()
             self._package.parent.mkdir(parents=True, exist_ok=True)
             _write(self._package.with_suffix(".model"), dump(self._model))
             command = [_python(), "-m", f"{__package__}.compiled_build", str(self._package)]
@@ -149,7 +147,7 @@ class Compiled:
                     stderr=said,
                     start_new_session=True,
                 )
-        except (OSError, Unportable) as error:
+        except (OSError, Unportable, CompilerError) as error:
             self._give_up(str(error))
             return
         self._started = time.monotonic()

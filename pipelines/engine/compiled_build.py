@@ -32,9 +32,9 @@ from torch import Tensor
 from torch._inductor.exc import CppCompileError
 from torch.export import Dim
 
+from pipelines import compiler
 from pipelines.engine.compiled_ops import C_FUNCTIONS, Step, Untraceable, step_caches
 from pipelines.engine.compiled_skeleton import restore
-from pipelines.engine.native import WITHOUT_OTHERS
 from pipelines.engine.slots import Unsupported
 
 SHIM = Path(__file__).with_name("shim.cpp")
@@ -94,7 +94,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def _compiler(scratch: Path) -> str:
     """The C++ compiler, told to bring its own library: Triton's processes have one that may be older."""
     script = scratch / "compiler"
-    command = shlex.join([*shlex.split(os.environ.get("CXX") or "g++"), *WITHOUT_OTHERS])
+    command = shlex.join([*compiler.command(), *compiler.WITHOUT_OTHERS])
     script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o755)
     return str(script)

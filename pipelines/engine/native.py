@@ -12,25 +12,18 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from pipelines import compiler
 from pipelines.pipeline import cache_dir
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "kernels"
 VERSION = 1  # of the functions: `triptych_kernels` says the same
-_OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
-# Triton's processes bring their own, which may be older than the compiler's.
-WITHOUT_OTHERS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
-_COMPILER_S = 300
+_OPTIONS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-w")
 
 # The functions' arguments: p: a pointer, i: a whole number, f: a float
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -76,7 +69,7 @@ def place() -> Path:
 
     The compiler does not: its versions make the same functions, and where weights are served there may be none.
     """
-    told = hashlib.sha256("\0".join((*_OPTIONS, *WITHOUT_OTHERS, processor())).encode())
+    told = hashlib.sha256("\0".join((*_OPTIONS, *compiler.WITHOUT_OTHERS, processor())).encode())
     for source in sorted(SOURCES.iterdir()):
         told.update(source.read_bytes())
     return cache_dir() / "kernels" / f"{told.hexdigest()[:16]}.so"
@@ -97,26 +90,11 @@ def build() -> Path:
     library = place()
     if library.exists():
         return library
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
-    if not compiler or not shutil.which(compiler[0]):
-        raise NoKernels(f"there is no C++ compiler {compiler[0] if compiler else ''!r} (install g++, or set CXX)")
-    sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as work:
-            fresh = Path(work) / library.name
-            command = [*compiler, *_OPTIONS, *WITHOUT_OTHERS, *sources, "-o", str(fresh)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_COMPILER_S)
-            if done.returncode:
-                raise NoKernels(_first_error(done.stderr) or f"{compiler[0]} ended with status {done.returncode}")
-            os.replace(fresh, library)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        compiler.build(library, sorted(SOURCES.glob("*.cpp")), _OPTIONS)
+    except compiler.CompilerError as error:
         raise NoKernels(str(error)) from None
     return library
-
-
-def _first_error(said: str) -> str:
-    return next((line.strip() for line in said.splitlines() if "error" in line), "")
 
 
 @functools.cache
