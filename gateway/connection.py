@@ -14,8 +14,6 @@ from starlette.types import Receive, Scope
 from gateway.errors import ApiError, ClientGone
 from gateway.room import Share
 
-_AGAIN_S = 0.1  # until a cancellation is repeated
-
 
 def header(scope: Scope, name: bytes) -> str:
     """The first header of that (lower-case) name, or ""."""
@@ -64,11 +62,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
         await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
         if worker.done():
             return worker.result()
-        while not worker.done():
-            # Until Python 3.12 asyncio.wait_for loses a cancellation that meets the end of what it waits for
-            # (python/cpython#86296): one was not enough, and the engine ran on for nobody.
-            worker.cancel()
-            await asyncio.wait((worker,), timeout=_AGAIN_S)
+        worker.cancel()
+        await asyncio.wait((worker,))
         if not worker.cancelled():
             worker.result()  # it ended, or failed, in the same moment
         raise ClientGone

@@ -20,6 +20,7 @@ from gateway.alone import alone
 from gateway.backend import Submission
 from gateway.infer_request import request_bytes
 from gateway.lane_stream import LaneStream
+from gateway.within import within
 from gateway.witness import Nobody, Witness
 from observability import metrics
 from pipelines import contracts, wire
@@ -175,7 +176,7 @@ class Lane:
         call = self._infer(self._requests(self._out))
         try:
             while True:
-                response = await asyncio.wait_for(call.read(), SILENT_S)
+                response = await within(SILENT_S, call.read())
                 if response is grpc.aio.EOF:
                     return "the lane was closed"
                 self._take(response)

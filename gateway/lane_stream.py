@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from gateway.backend import Delta
+from gateway.within import within
 from pipelines.chat import Event
 from pipelines.errors import StageError
 from pipelines.logprobs import Entry
@@ -42,7 +43,7 @@ class LaneStream:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await asyncio.wait_for(self._waiter, self._accept_timeout_s)
+                await within(self._accept_timeout_s, self._waiter)
             except asyncio.TimeoutError:
                 raise StageError(
                     f"The request was not taken within {self._accept_timeout_s:g} s.",

@@ -22,6 +22,7 @@ from gateway.lifecycle.driver import Ready
 from gateway.supervisor import Supervisor
 from gateway.triton import Stub
 from gateway.watchdog import Stall
+from gateway.within import within
 from observability import metrics
 from pipelines.contracts import ENSEMBLE, MODELS, model_name
 from pipelines.errors import StageError
@@ -288,7 +289,7 @@ def resident(pid: int) -> int:
 
 async def _within(seconds: float, work: Awaitable[T]) -> T:
     try:
-        return await asyncio.wait_for(work, seconds)
+        return await within(seconds, work)
     except asyncio.TimeoutError:
         raise StageError(f"it was not loaded within {seconds:g} s", code="unavailable") from None
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from gateway.backend import Backend, Delta, Stream, Submission
+from gateway.within import within
 from pipelines.errors import StageError
 from pipelines.terms import Terms
 
@@ -63,7 +64,6 @@ class RetriedStream:
         self._retries = 0
         self._held: deque[Delta] = deque()
         self._over = False
-        self._cancelled = False
 
     async def next(self) -> Delta:
         if self.first_text_at and not self._retry.whole:
@@ -83,7 +83,6 @@ class RetriedStream:
         return self._held.popleft()
 
     def cancel(self) -> None:
-        self._cancelled = True
         self._stream.cancel()
 
     @property
@@ -111,9 +110,6 @@ class RetriedStream:
                     raise
                 lost = refused
                 continue
-            if self._cancelled:  # and `wait_for` did not hear of it (Python before 3.12)
-                stream.cancel()
-                raise asyncio.CancelledError
             self._stream = stream
             return
         raise lost
@@ -122,7 +118,7 @@ class RetriedStream:
         timeout_ms = self._retry.left().timeout_ms
         patience_s = self._retry.patience_s if timeout_ms is None else min(self._retry.patience_s, timeout_ms / 1000)
         try:
-            await asyncio.wait_for(self._retry.able(self._submission.pipeline), patience_s)
+            await within(patience_s, self._retry.able(self._submission.pipeline))
         except asyncio.TimeoutError:
             self._retry.left()
             raise lost from None

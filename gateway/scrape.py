@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from gateway.settings import Settings
 from gateway.state import state_of
+from gateway.within import within
 from pipelines.errors import StageError
 
 TIMEOUT_S = 3.0
@@ -24,7 +25,7 @@ _REQUEST = b"GET /metrics HTTP/1.0\r\nHost: triton\r\n\r\n"  # 1.0: the answer e
 async def triton_metrics(request: Request) -> Response:
     host, port = _address(state_of(request.scope)["settings"], request.query_params.get("endpoint", ""))
     try:
-        body = await asyncio.wait_for(_read(host, port), TIMEOUT_S)
+        body = await within(TIMEOUT_S, _read(host, port))
     except asyncio.TimeoutError:
         raise _away(f"no answer within {TIMEOUT_S:g} s") from None
     except (OSError, ValueError) as error:

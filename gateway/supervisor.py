@@ -16,6 +16,7 @@ from typing import Protocol
 
 from gateway.control import Control
 from gateway.triton import Stub, Triton, TritonError
+from gateway.within import within
 from observability import metrics
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Supervisor:
             self._triton.clean_up()
             try:
                 self._triton.start()  # in this thread, the main one: the server is told to die with it
-                await asyncio.wait_for(self._started(), START_S)
+                await within(START_S, self._started())
                 if self._triton.running():
                     return
                 log.error("Triton could not be restarted, again in %d s: %s", delay, self._triton.last_error())
