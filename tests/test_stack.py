@@ -218,7 +218,7 @@ def test_a_request_that_takes_too_long_is_a_timeout(product: Product, client: An
     before = product.counters("generate")["running"]
 
     def wait() -> None:
-        options: Any = {"extra_headers": {"x-request-timeout-ms": "400"}, "extra_body": {"ignore_eos": True}}
+        options: Any = {"extra_headers": {"x-request-timeout-ms": "2000"}, "extra_body": {"ignore_eos": True}}
         answer = client.chat.completions.create(
             model="smollm2-135m-instruct", messages=ask("Count."), max_tokens=4000, stream=stream, **options
         )
