@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 NAMES = ("spawn", "import", "weights", "warm_up")
@@ -23,13 +24,19 @@ _spawned = max(0.0, _began - _started())
 
 
 class Phases:
-    """One load's, each ended by its name; what is between two ends belongs to the second."""
+    """One load's, each ended by its name; what is between two ends belongs to the second.
 
-    def __init__(self) -> None:
+    `imported` is called when all is imported.
+    """
+
+    def __init__(self, imported: Callable[[], None] = lambda: None) -> None:
+        self._imported = imported
         self.seconds = dict.fromkeys(NAMES, 0.0) | {"spawn": _spawned}
         self._at = _began
 
     def end(self, name: str) -> None:
+        if name == "import":
+            self._imported()
         now = time.monotonic()
         self.seconds[name] += now - self._at
         self._at = now

@@ -1,12 +1,12 @@
 """generate: token ids in, token ids out. Answers from its own threads: nothing here waits."""
 
-from pipelines import phases, triton_io  # phases first: before it is the spawn
+from pipelines import collector_off, phases, triton_io  # first: before them is the spawn
 from pipelines.operations import load, operate
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.stage = load(triton_io.open_stage(args, "generate"), phases.Phases())
+        self.stage = load(triton_io.open_stage(args, "generate"), phases.Phases(collector_off.end))
 
     def execute(self, requests):
         triton_io.respond_later(self.run, requests, "generate")
