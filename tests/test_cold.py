@@ -17,9 +17,10 @@ import pytest
 
 from pipelines.pipeline import get_pipeline, load_pipeline
 from pipelines.sources import pull
+from tests.loads import Left, left
 from tests.models import build
 from tests.otlp_receiver import Receiver
-from tests.product import Product, alive, wait_for
+from tests.product import Product, wait_for
 from tests.test_cli import triptych
 
 LOAD_S = 120
@@ -224,24 +225,20 @@ def test_operations_are_for_those_who_administer(cold: Product) -> None:
 
 
 def test_loads_and_unloads_leave_nothing_behind(cold: Product) -> None:
-    """Of the server and the gateway: descriptors, shared memory, processes."""
+    """Of memory, descriptors, shared memory and processes; `python -m tests.loads` does it a thousand times."""
 
-    def left() -> tuple[int, int, int, int]:
-        descriptors = [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (cold.pid, cold.triton())]
-        zombies = sum(not alive(pid) for pid in cold.family())
-        return descriptors[0], descriptors[1], len(cold.shm()), zombies
+    def loaded_and_unloaded(times: int) -> Left:
+        for _ in range(times):
+            ask(cold, "cold")
+            unloaded(cold, "cold")
+        return left(cold)
 
-    for _ in range(3):
-        ask(cold, "cold")
-        unloaded(cold, "cold")
-    before = left()
-    for _ in range(6):
-        ask(cold, "cold")
-        unloaded(cold, "cold")
-    wait_for(lambda: left()[2:] == before[2:], 10)
-    after = left()
-    assert after[0] <= before[0] + 1
-    assert after[1] <= before[1] + 1
+    before = loaded_and_unloaded(6)
+    after = loaded_and_unloaded(6)
+    wait_for(lambda: left(cold)[3:] == before[3:], 10)
+    assert after.descriptors <= before.descriptors + 2
+    assert after.server_kb < 1.01 * before.server_kb
+    assert after.gateway_kb < 1.01 * before.gateway_kb
 
 
 def test_a_stream_outlives_the_loads_of_others(cold: Product) -> None:
