@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gateway.settings import Settings
 from pipelines.pipeline import CATALOG, get_pipeline
 from pipelines.sources import pull
 from tests.otlp_receiver import Receiver
 from tests.product import Product
+from tests.scripted import ScriptedBackend, Server
 
 # Pipelines of the tests' own: echoes with a pace, with a small context, with one event a token.
 _CATALOG = {
@@ -81,6 +83,23 @@ def own_product(tmp_path: Path, catalog: Path) -> Iterator[Product]:
     finally:
         if product.process.poll() is None:
             product.stop()
+
+
+@pytest.fixture(scope="module")
+def module_server():
+    with Server(ScriptedBackend(), Settings()) as running:
+        yield running
+
+
+@pytest.fixture
+def server(module_server):
+    module_server.backend.reset()
+    return module_server
+
+
+@pytest.fixture
+def backend(server):
+    return server.backend
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

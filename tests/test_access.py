@@ -16,7 +16,7 @@ from gateway.ratelimit import Limits
 from gateway.settings import Settings
 from observability import tracing
 from tests.otlp_receiver import Receiver
-from tests.test_app import (
+from tests.scripted import (
     ACCEPTED,
     ANSWER,
     CHAT_PATH,

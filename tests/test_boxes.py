@@ -22,7 +22,7 @@ from pipelines.pipeline import Pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.tools import parse_tools
 from tests import vision
-from tests.test_app import ACCEPTED, HELLO, MODEL, ScriptedBackend, Server
+from tests.scripted import ACCEPTED, HELLO, MODEL, ScriptedBackend, Server
 
 GRID = 32
 SIZE = (519, 640)

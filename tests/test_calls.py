@@ -19,7 +19,7 @@ from pipelines.answer.formats import AnswerFormat
 from pipelines.logprobs import Entry
 from pipelines.pipeline import Pipeline
 from pipelines.tools import parse_tools
-from tests.test_app import ACCEPTED, HELLO, MODEL, ScriptedBackend, Server
+from tests.scripted import ACCEPTED, HELLO, MODEL, ScriptedBackend, Server
 
 WEATHER = {
     "type": "function",

@@ -13,7 +13,7 @@ from pipelines.pipeline import get_pipeline
 from pipelines.postprocess import Postprocess
 from pipelines.preprocess import Preprocess
 from pipelines.tools import load_tools
-from tests.test_answer import SCHEMAS, check
+from tests.test_forced_calls import SCHEMAS, check
 
 OFFERED = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
 

@@ -24,7 +24,7 @@ from hypothesis import settings as hypothesis_settings
 
 from gateway.bounded import MAX_AHEAD, MAX_HEADERS
 from gateway.protocol import CHAT
-from tests.test_app import unchunk
+from tests.scripted import unchunk
 
 MB = 1024 * 1024
 HANG_S = 20

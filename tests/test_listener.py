@@ -15,7 +15,7 @@ import pytest
 
 from gateway import listener
 from gateway.settings import Settings, SettingsError
-from tests.test_app import CHAT_PATH, HELLO, ScriptedBackend, Server, raw_request
+from tests.scripted import CHAT_PATH, HELLO, ScriptedBackend, Server, raw_request
 
 
 def certificate(folder, name, *options):

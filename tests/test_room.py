@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gateway.room import FREE, Room
 from gateway.settings import Settings
 from pipelines.errors import StageError
-from tests.test_app import ACCEPTED, CHAT_PATH, FOREVER, HELLO, ScriptedBackend, Server, wait_for
+from tests.scripted import ACCEPTED, CHAT_PATH, FOREVER, HELLO, ScriptedBackend, Server, wait_for
 
 SIZES = st.lists(st.integers(0, 3 * FREE), max_size=6)
 

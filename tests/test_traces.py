@@ -18,7 +18,7 @@ from observability.keeping import Traces
 from observability.ring import Ring
 from observability.spans import SpanData, decode, read_document
 from pipelines.errors import StageError
-from tests.test_app import ACCEPTED, CHAT_PATH, HELLO, MODEL, ScriptedBackend
+from tests.scripted import ACCEPTED, CHAT_PATH, HELLO, MODEL, ScriptedBackend
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
