@@ -66,7 +66,11 @@ def load_engine(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = N
         limits = replace(limits, context=pipeline.context or limits.context)
         return EchoEngine(limits, tokens_per_s=pipeline.echo_tokens_per_s, max_running=pipeline.max_running)
     reading = None if pipeline.engine == "query" else _snapshot(pipeline)
-    # torch takes seconds to import: only where it is used
+    # torch takes seconds to import: only where it is used, and no more of it than that
+    from pipelines.engine.lean import complete_torch, import_torch, import_transformers
+
+    if reading:
+        import_torch()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,14 +87,15 @@ def load_engine(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = N
         )
         phases.end("weights")
         return queried
-    from pipelines.engine.lean import import_transformers
-
     import_transformers(*(reading.modules if reading else ()))
     from pipelines.engine.batched import BatchedEngine
     from pipelines.engine.slots import Unsupported
 
     phases.end("import")
-    model = _kept(reading, device) or _converted(pipeline, device)
+    model = _kept(reading, device)
+    if model is None:
+        complete_torch()
+        model = _converted(pipeline, device)
     limits = read_limits(pipeline.home)
     limits = replace(limits, context=pipeline.context or limits.context)
     phases.end("weights")
@@ -103,6 +108,8 @@ def load_engine(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = N
         sample=_sample(pipeline),
         parked=cache_dir() / "parked",
     )
+    if engine.why_not_fast:  # the model's own code, all of it
+        complete_torch()
     if compiled:
         try:
             engine.wait_compiled()

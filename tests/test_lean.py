@@ -57,6 +57,35 @@ def test_afterwards_all_of_it_is_there() -> None:
     assert said.strip().endswith("2.0")
 
 
+def test_torch_is_imported_without_tracing_and_completed() -> None:
+    said = run(
+        "import sys",
+        "from pipelines.engine import lean",
+        "lean.import_torch()",
+        "import torch",
+        "assert not {'torch._meta_registrations', 'torch._decomp', 'torch._prims', 'torch.export'} & set(sys.modules)",
+        "assert not hasattr(torch, 'export')",
+        "assert (torch.ones(2, 3) @ torch.ones(3, 2)).sum() == 12",
+        "lean.complete_torch()",
+        "model = torch.nn.Linear(3, 2)",
+        "program = torch.export.export(model, (torch.ones(4, 3),))",
+        "assert torch.equal(program.module()(torch.ones(4, 3)), model(torch.ones(4, 3)))",
+        "print(torch.linalg.eigh(torch.empty(3, 3, device='meta'))[0].shape)",
+    )
+    assert said.strip().endswith("torch.Size([3])")
+
+
+def test_another_torch_is_imported_whole() -> None:
+    said = run(
+        "from pipelines.engine import lean",
+        "lean._KNOWN_TORCH = '1.0.'",
+        "lean.import_torch()",
+        "import torch",
+        "print(hasattr(torch, 'export'))",
+    )
+    assert said.strip().endswith("True")
+
+
 def test_where_it_does_not_work_all_is_imported() -> None:
     said = run(
         "import logging, sys",
