@@ -29,13 +29,13 @@ class Left(NamedTuple):
 
 def left(product: Product) -> Left:
     pids = (product.pid, product.triton())
-    gateway, server = (_resident_kb(pid) for pid in pids)
+    gateway, server = (resident_kb(pid) for pid in pids)
     descriptors = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
     zombies = sum(not alive(pid) for pid in product.family())
     return Left(gateway, server, descriptors, len(product.shm()), zombies)
 
 
-def _resident_kb(pid: int) -> int:
+def resident_kb(pid: int) -> int:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 

@@ -6,7 +6,9 @@ The rules are `gateway.lifecycle`'s and tested there: here it is seen that Trito
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import pytest
 
 from pipelines.pipeline import get_pipeline, load_pipeline
 from pipelines.sources import pull
-from tests.loads import Left, left
+from tests.loads import Left, left, resident_kb
 from tests.models import build
 from tests.otlp_receiver import Receiver
 from tests.product import Product, wait_for
@@ -40,14 +42,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, smollm2_home: Path) -> Path
     folder = tmp_path_factory.mktemp("cold-catalog")
     (folder / "cold.toml").write_text(declared())
     (folder / "brief.toml").write_text(declared(keep_alive=1, keep_parked=1))
-    model = folder / "model"
-    build("llama").save_pretrained(model)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(smollm2_home / name, model / name)
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])  # they end in the middle
-    (folder / "broken-weights.toml").write_text(f'source = "path:{model}"\nmemory_mb = 500\n')
-    pull(load_pipeline(folder / "broken-weights.toml"))
+    for name, share in (("heavy", 1), ("broken-weights", 2)):  # which end in the middle
+        model = folder / f"{name}-model"
+        build("llama").save_pretrained(model)
+        for part in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(smollm2_home / part, model / part)
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // share])
+        (folder / f"{name}.toml").write_text(f'source = "path:{model}"\nmemory_mb = 500\n')
+        pull(load_pipeline(folder / f"{name}.toml"))
     return folder
 
 
@@ -187,6 +190,32 @@ def test_weights_that_cannot_be_read_fail_with_their_reason_and_nothing_else_not
     assert cold.get("/health/ready")[0] == 200
     assert ask(cold, "cold").status_code == 200
     wait_for(lambda: len(cold.shm()) == shm, 30)
+
+
+def test_a_stage_that_is_killed_while_it_loads_fails_and_comes_back(cold: Product) -> None:
+    """As by the kernel, when memory runs out: in the midst of importing torch."""
+    ask(cold, "cold")
+    unloaded(cold, "brief")
+    shm = len(cold.shm())
+
+    def imports() -> bool:
+        stubs = [pid for pid, command in cold.family().items() if "/heavy-generate/1/" in command]
+        return any(resident_kb(pid) > 150_000 for pid in stubs)
+
+    cold.tell("heavy", "load")
+    wait_for(imports, 60)
+    os.kill(cold.stub("heavy-generate"), signal.SIGKILL)
+    wait_for(lambda: cold.state("heavy")["state"] == "failed", 60)
+    shown = cold.state("heavy")
+    assert shown["failures"] == 1
+    assert "generate" in shown["reason"]
+    refused = ask(cold, "heavy")  # within its backoff
+    assert (refused.status_code, "retry-after-ms" in refused.headers) == (503, True)
+    assert ask(cold, "cold").status_code == 200
+    wait_for(lambda: len(cold.shm()) == shm, 30)
+    cold.tell("heavy", "load")
+    wait_for(lambda: cold.state("heavy")["state"] == "ready", 60)
+    unloaded(cold, "heavy")
 
 
 def test_a_file_that_is_added_edited_or_removed_is_noticed(cold: Product, folder: Path) -> None:
