@@ -167,12 +167,13 @@ def test_a_head_of_any_length(kept):
     order = torch.randperm(10000, generator=torch.Generator().manual_seed(1))
     logits = torch.empty(10000)
     logits[order] = -torch.arange(10000) * 1e-4
-    found = set(drawn(logits, 3000, top_k=kept).tolist())
+    found = set(drawn(logits, 1000, top_k=kept).tolist())
     assert found <= set(order[:kept].tolist())
     share = torch.softmax(-torch.arange(10000) * 1e-4, -1)[:kept].sum().item()
-    again = set(drawn(logits, 3000, top_p=share - 1e-6).tolist())
+    again = set(drawn(logits, 1000, top_p=share - 1e-6).tolist())
     assert again <= set(order[:kept].tolist())
-    assert max(order.tolist().index(token) for token in again) > 0.99 * kept - 5
+    ranks = order.argsort().tolist()
+    assert max(ranks[token] for token in again) > 0.99 * kept - 5
 
 
 def test_the_coldest_draw_is_the_likeliest():
