@@ -26,7 +26,8 @@ from typing import Any
 from bench import processes
 from bench.echoes import serving
 from bench.report import json_line, median, table
-from pipelines.engine.snapshot import Reading, place
+from pipelines.engine.snapshot import Reading
+from pipelines.operations import kept_at
 from pipelines.pipeline import DEFAULT, get_pipeline
 
 LOAD_S = 300.0
@@ -124,8 +125,7 @@ def reading(pipeline: str, rounds: int) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    declared = get_pipeline(pipeline)
-    kept = place(declared.home, declared.dtype, declared.quantize, pictures=declared.takes_images)
+    kept = kept_at(get_pipeline(pipeline))
     if not kept.exists():
         raise BenchError(f"{kept} is not there: load {pipeline} once, on this machine and with this cache")
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:

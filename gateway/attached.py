@@ -17,11 +17,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from gateway.app import create_app
 from gateway.endpoints import Endpoints
 from gateway.greeting import greeting
+from gateway.installed import TritonError
 from gateway.kept import Kept
 from gateway.keys import Keys
 from gateway.serve import listen, set_up
 from gateway.settings import Settings
-from gateway.triton import TritonError
 from pipelines.contracts import ENSEMBLE, MODELS, model_name
 from pipelines.pipeline import Pipeline
 

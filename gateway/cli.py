@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from gateway.attached import attach
     from gateway.catalog import Catalog
+    from gateway.installed import TritonError
     from gateway.serve import serve
-    from gateway.triton import TritonError
 
     named = options.pipeline or ()
     for name in named:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from gateway.installed import TritonError, backend_directory, libpython
 from gateway.settings import Settings
-from gateway.triton import TritonError, backend_directory, libpython, port_is_free
+from gateway.triton import port_is_free
 from pipelines.pipeline import cache_dir
 
 _SHM_NEEDED_MB = 128  # four stubs with 16 MB each, and room to grow

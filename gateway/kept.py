@@ -55,7 +55,7 @@ class Kept:
         if not port_is_free(port):  # another's Triton runs there, and its socket is not ours to take
             return
         try:
-            path = given or socket_path(port)
+            path = given or socket_path("traces", port)
             self._receiver = Receiver(path, self.traces.take)
         except OSError as error:
             log.warning("the stages' spans are not kept in memory, only the gateway's: %s", error)

@@ -12,12 +12,13 @@
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <ctime>
 
 #include <dlfcn.h>
 #include <pthread.h>
+
+#include "preloaded.h"
 
 namespace {
 
@@ -84,14 +85,6 @@ using Lock = int (*)(pthread_mutex_t*);
 using LockUntil = int (*)(pthread_mutex_t*, const timespec*);
 using Wait = int (*)(pthread_cond_t*, pthread_mutex_t*);
 using WaitUntil = int (*)(pthread_cond_t*, pthread_mutex_t*, const timespec*);
-
-// This library is the first of those named.
-__attribute__((constructor)) void not_for_children() {
-    const char* named = getenv("LD_PRELOAD");
-    const char* others = named ? strchr(named, ':') : nullptr;
-    if (others) setenv("LD_PRELOAD", others + 1, 1);
-    else unsetenv("LD_PRELOAD");
-}
 
 }  // namespace
 

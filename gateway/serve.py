@@ -28,6 +28,7 @@ from gateway.control import Control
 from gateway.greeting import greeting
 from gateway.guard import Guard
 from gateway.health import Health
+from gateway.installed import TritonError
 from gateway.kept import Kept
 from gateway.keys import Keys, forget_secrets
 from gateway.lane import Lanes
@@ -38,8 +39,9 @@ from gateway.policies import limits_of, policy_of
 from gateway.ratelimit import Limits
 from gateway.settings import Settings
 from gateway.supervisor import START_S, Supervisor
-from gateway.triton import Triton, TritonError, port_is_free
+from gateway.triton import Triton, port_is_free
 from gateway.watchdog import Patience
+from gateway.zygote import zygote_for
 from observability import logs
 from observability.keeping import Traces
 from observability.triton_log import Follower
@@ -59,7 +61,12 @@ def serve(settings: Settings, catalog: Catalog, first: Sequence[str]) -> int:
     log_file = cache_dir() / "logs" / f"triton-{port}.log"
     log_file.unlink(missing_ok=True)
     # The repository is this server's alone: another may serve others.
-    triton = Triton(emptied(cache_dir() / "model_repository" / str(port)), grpc_port=port, log_file=log_file)
+    triton = Triton(
+        emptied(cache_dir() / "model_repository" / str(port)),
+        grpc_port=port,
+        log_file=log_file,
+        zygote=zygote_for(port) if settings.zygote else None,
+    )
     log_lines = Follower(log_file)
     kept = Kept(settings)
     triton.spans_url = kept.triton_spans_url
@@ -70,6 +77,8 @@ def serve(settings: Settings, catalog: Catalog, first: Sequence[str]) -> int:
         triton.start()
         print(f"starting Triton on 127.0.0.1:{triton.grpc_port} (gRPC) and :{triton.http_port} (HTTP)", file=sys.stderr)
         triton.wait_live(START_S)
+        if triton.zygote and not first:
+            triton.zygote.warm()  # nothing is loaded now, so nobody waits for the processor
         return uvloop.run(_Gateway(settings, keys, catalog, first, triton, kept.traces).run())
     finally:
         for number in previous:

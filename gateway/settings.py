@@ -42,6 +42,7 @@ class Settings:
     memory_mb: int = 0  # of RAM, for all pipelines together; 0: four fifths of what there is
     gpu_memory_mb: int = 0  # the same of the GPUs
     max_loads: int = 2  # pipelines that are loaded at once: they compete for cores and disk
+    zygote: int = 1  # processes with all imports done are kept, from which stages are forked; 0: each imports by itself
     max_choices: int = 16  # of one request: n of each prompt
     max_timeout_ms: int = 3_600_000  # the longest that a request may give itself; a longer one is cut to it
     accept_timeout_s: int = 30  # for a pipeline to take a request: preprocess, which takes milliseconds
@@ -95,6 +96,7 @@ class Settings:
         self._check("max_keep_alive", self.max_keep_alive >= 0, "0 or more seconds")
         for key in ("memory_mb", "gpu_memory_mb"):
             self._check(key, getattr(self, key) >= 0, "0 (four fifths of what there is) or more")
+        self._check("zygote", self.zygote in (0, 1), "0 (none) or 1")
         self._check("max_loads", self.max_loads >= 1, "1 or more")
         for key in ("key_requests_per_minute", "key_concurrency"):
             self._check(key, 0 <= getattr(self, key) <= MAX_LIMIT, f"0 (no limit) to {MAX_LIMIT}")

@@ -1,4 +1,4 @@
-"""Watches the processes of Triton and of its stubs, and brings Triton back when it has died.
+"""Watches the processes of Triton, of its stubs and of the zygote, and brings Triton and the zygote back.
 
 Triton goes on calling a model whose stub is dead ready, and what was in flight there never returns (DESIGN §4): so
 whoever has pipelines there is told at once (`gateway.loader`). Knows no pipeline and no model beyond its name.
@@ -12,10 +12,12 @@ import itertools
 import logging
 import os
 import signal
+import time
 from typing import Protocol
 
 from gateway.control import Control
-from gateway.triton import Stub, Triton, TritonError
+from gateway.installed import TritonError
+from gateway.triton import Stub, Triton
 from gateway.within import within
 from observability import metrics
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 START_S = 60.0
 _BACKOFF_S = (1, 2, 4, 8, 15, 30)
+_LASTED_S = 60.0  # what has run so long before it died is begun again soon
 
 
 class Concerned(Protocol):
@@ -70,6 +73,7 @@ class Supervisor:
 
     async def run(self, concerned: Concerned) -> None:
         self._concerned = concerned
+        keeping = asyncio.create_task(self._keep_zygote(), name="zygote")
         try:
             while True:
                 await self._started()
@@ -83,6 +87,7 @@ class Supervisor:
                 metrics.SUPERVISOR_EVENTS.labels("", "triton_restarted").inc()
                 log.info("Triton is back")
         finally:
+            keeping.cancel()
             self._forget_all()
 
     async def _started(self) -> None:
@@ -103,6 +108,20 @@ class Supervisor:
                 log.error("Triton could not be restarted, again in %d s: %s", delay, error or "it does not answer")
             await asyncio.sleep(delay)
             await asyncio.to_thread(self._triton.stop)
+
+    async def _keep_zygote(self) -> None:
+        """Without it loads take longer, and nothing else."""
+        delays = iter(_BACKOFF_S)
+        while zygote := self._triton.zygote:
+            began = time.monotonic()
+            await _ended(zygote.pid)
+            if time.monotonic() - began > _LASTED_S:
+                delays = iter(_BACKOFF_S)
+            delay = next(delays, _BACKOFF_S[-1])
+            log.warning("the zygote died, another begins in %d s: loads take longer until then", delay)
+            metrics.SUPERVISOR_EVENTS.labels("", "zygote_died").inc()
+            await asyncio.sleep(delay)
+            self._triton.start_zygote()
 
     def _died(self, stub: Stub) -> None:
         self._forget(stub)

@@ -1,23 +1,16 @@
-"""One tritonserver process: where its parts are, how it is started, watched and ended. Nothing of it stays behind.
+"""One tritonserver process: how it is started, watched and ended. Nothing of it stays behind.
 
-The binary, the python backend and its stubs come from the nvidia-pytriton package. Knows no HTTP, no pipeline and no
-model beyond its name.
+Knows no HTTP, no pipeline and no model beyond its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import importlib.util
-import logging
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,29 +18,14 @@ from typing import Any
 
 import tritonclient.grpc
 
+from gateway.bound import bound
+from gateway.installed import TritonError, backend_directory, environment, orphaned_locks, server_home
+from gateway.zygote import Zygote
 from observability import triton_spans
-from pipelines import compiler
-from pipelines.pipeline import cache_dir
-
-log = logging.getLogger(__name__)
 
 _SHM = Path("/dev/shm")
 _SHM_PREFIX = "triptych-"
-# Dies with its parent. Set by the child itself before it becomes the server: a preexec_fn is not safe beside threads.
-_START = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    if sys.argv[2]:
-        os.environ["LD_PRELOAD"] = ":".join(filter(None, (sys.argv[2], os.environ.get("LD_PRELOAD"))))
-    os.execv(sys.argv[3], sys.argv[3:])
-"""
-_ORPHANED_LOCKS = Path(__file__).with_name("orphaned_locks.cpp")
 _EXIT_S = 5  # how long the server waits for requests in flight
-
-
-class TritonError(RuntimeError):
-    """Triton could not be started; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +46,15 @@ class Stub:
 class Triton:
     """`start`, then `wait_live`, then `stop` (always). After it has died: `clean_up`, and `start` again.
 
-    It loads no model until it is told to.
+    It loads no model until it is told to. With a `zygote`, stages are forked from that.
     """
 
-    def __init__(self, repository: Path, *, grpc_port: int, log_file: Path) -> None:
+    def __init__(self, repository: Path, *, grpc_port: int, log_file: Path, zygote: Zygote | None = None) -> None:
         self.grpc_port = grpc_port
         self.http_port, self.metrics_port = grpc_port - 1, grpc_port + 1
         self.log_file = log_file
         self.repository = repository
+        self.zygote = zygote
         self.spans_url = ""  # where it shall post its own spans
         self._process: subprocess.Popen[bytes] | None = None
         self._shm = f"{_SHM_PREFIX}{os.getpid()}-{grpc_port}-"
@@ -88,20 +67,28 @@ class Triton:
                 )
         remove_stale_shm()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        known = environment()
+        self.start_zygote()
+        known |= self.zygote.variables if self.zygote else {}
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-c", _START, str(os.getpid()), str(orphaned_locks() or ""), *self._command()],
-                env=environment(),
+                bound(self._command(), orphaned_locks()),
+                env=known,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to act on: first the lanes close, then Triton
             )
 
+    def start_zygote(self) -> None:
+        """Unless it runs."""
+        if self.zygote:
+            self.zygote.start(environment(), self.log_file)
+
     def _command(self) -> list[str]:
         command = [str(server_home() / "bin" / "tritonserver")]
         command += [f"--model-repository={self.repository}"]
-        command += [f"--backend-directory={backend_directory()}", "--model-control-mode=explicit"]
+        command += [f"--backend-directory={self._backends()}", "--model-control-mode=explicit"]
         # The configurations are whole; asked to complete them, each stage is started twice for one load.
         command += ["--disable-auto-complete-config"]
         for service, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
@@ -116,6 +103,9 @@ class Triton:
         ):
             command += [f"--backend-config=python,{setting}"]
         return command + (triton_spans.arguments(self.spans_url) if self.spans_url else [])
+
+    def _backends(self) -> Path:
+        return backend_directory(self.zygote.stand_in if self.zygote else None)
 
     @property
     def pid(self) -> int:
@@ -144,10 +134,14 @@ class Triton:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, IndexError):
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if words[2].startswith(self._shm):
+                if words[2].startswith(self._shm) and not self._stands_in(process):
                     descriptor = os.pidfd_open(int(process.name))
                     found.append(Stub(int(process.name), Path(words[1]).parent.parent.name, words[2], descriptor))
         return found
+
+    def _stands_in(self, process: Path) -> bool:
+        """Whether it has only asked for the stage's process so far."""
+        return self.zygote is not None and (process / "exe").readlink() == self.zygote.stand_in
 
     def stop(self) -> None:
         if self._process and self.running():
@@ -157,6 +151,8 @@ class Triton:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self.zygote:
+            self.zygote.stop()
         self.clean_up()
 
     def clean_up(self) -> None:
@@ -188,78 +184,6 @@ def _is_live(client: Any) -> bool:
         return bool(client.is_server_live(client_timeout=10))
     except tritonclient.grpc.InferenceServerException:
         return False  # not listening yet
-
-
-def server_home() -> Path:
-    """The package's folder with bin/, backends/ and python_backend_stubs/."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or not spec.submodule_search_locations:
-        raise TritonError("nvidia-pytriton is not installed: run `make setup`")
-    return Path(spec.submodule_search_locations[0]) / "tritonserver"
-
-
-def backend_directory() -> Path:
-    """A backends folder of our own: the python backend with the stub of this Python beside its library."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    home = server_home()
-    stub = home / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.exists():
-        raise TritonError(f"there is no Triton stub for Python {version}: use Python 3.10 to 3.13")
-    package = importlib.metadata.version("nvidia-pytriton")
-    folder = cache_dir() / "triton" / f"{package}-py{version}"
-    python = folder / "python"
-    python.mkdir(parents=True, exist_ok=True)
-    for file in [*(home / "backends" / "python").iterdir(), stub]:
-        link = python / file.name
-        if file.is_file() and not (link.is_symlink() and link.readlink() == file):
-            link.unlink(missing_ok=True)
-            link.symlink_to(file)
-    return folder
-
-
-def orphaned_locks() -> Path | None:
-    """What takes over the locks of stages that are killed, built when it is first wanted.
-
-    None where there is no compiler: such a death may end the server, which then is restarted.
-    """
-    source = _ORPHANED_LOCKS.read_bytes()
-    library = cache_dir() / "triton" / f"orphaned_locks-{hashlib.sha256(source).hexdigest()[:16]}.so"
-    if not library.exists():
-        try:
-            compiler.build(library, [_ORPHANED_LOCKS], ("-O2", "-std=c++17", "-fno-threadsafe-statics"))
-        except compiler.CompilerError as error:
-            log.warning("a stage that is killed may take tritonserver with it: %s", error)
-            return None
-    return library
-
-
-def libpython() -> Path | None:
-    """The shared libpython of this interpreter, which the stub loads; None if it was built without one."""
-    name = str(sysconfig.get_config_var("INSTSONAME"))
-    multiarch = str(sysconfig.get_config_var("MULTIARCH"))
-    for folder in (sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"/usr/lib/{multiarch}", "/usr/lib64"):
-        file = Path(str(folder)) / name
-        if ".so" in name and file.exists():
-            return file
-    return None
-
-
-def environment() -> dict[str, str]:
-    """What the server and its stubs need: this virtual environment first, its libraries and libpython to be found."""
-    library = libpython()
-    if library is None:
-        raise TritonError(
-            "this Python has no shared libpython: use one that has it (Debian: python3-dev, pyenv: --enable-shared)"
-        )
-    libraries = [str(server_home().parent.parent / "nvidia_pytriton.libs"), str(library.parent)]
-    current = os.environ.get("LD_LIBRARY_PATH", "")
-    path = [str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]
-    return {
-        **os.environ,
-        "LD_LIBRARY_PATH": ":".join(libraries + ([current] if current else [])),
-        "PATH": ":".join(path),
-        "VIRTUAL_ENV": sys.prefix,
-    }
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:

@@ -141,8 +141,8 @@ class Receiver:
                     log.exception("a span could not be kept")
 
 
-def socket_path(port: int) -> str:
-    """The socket of the gateway of the Triton on this port, in a folder of this user alone. Raises OSError.
+def socket_path(kind: str, port: int) -> str:
+    """A socket of the gateway of the Triton on this port, in a folder of this user alone. Raises OSError.
 
     Not in the cache folder: a socket's path may have 107 bytes.
     """
@@ -151,4 +151,4 @@ def socket_path(port: int) -> str:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise PermissionError(f"{folder} is not a folder of this user alone")
-    return str(folder / f"traces-{port}.sock")
+    return str(folder / f"{kind}-{port}.sock")

@@ -1,4 +1,4 @@
-"""This machine's C++ compiler, which makes shared libraries. Knows nothing of what is in them."""
+"""This machine's C++ compiler. Knows nothing of what it makes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 # Triton's processes bring their own, which may be older than the compiler's.
 WITHOUT_OTHERS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+SHARED = ("-shared", "-fPIC")  # a library; without it a program
 _TIMEOUT_S = 300
 
 
@@ -27,18 +28,18 @@ def command() -> list[str]:
     return words
 
 
-def build(library: Path, sources: Sequence[Path], options: Sequence[str]) -> None:
-    """Compiles them to a shared library: whole or not at all, whoever else builds it at the same time."""
+def build(target: Path, sources: Sequence[Path], options: Sequence[str]) -> None:
+    """Compiles and links them: whole or not at all, whoever else builds it at the same time."""
     compiler = command()
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as work:
-            fresh = Path(work) / library.name
-            line = [*compiler, *options, *WITHOUT_OTHERS, "-shared", "-fPIC", *map(str, sources), "-o", str(fresh)]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as work:
+            fresh = Path(work) / target.name
+            line = [*compiler, *options, *WITHOUT_OTHERS, *map(str, sources), "-o", str(fresh)]
             done = subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
             if done.returncode:
                 raise CompilerError(_first_error(done.stderr) or f"{compiler[0]} ended with status {done.returncode}")
-            os.replace(fresh, library)
+            os.replace(fresh, target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerError(str(error)) from None
 

@@ -29,10 +29,13 @@ class Constraints:
     llguidance holds the GIL meanwhile, so this is begun where a model is loaded, and not by the first request.
     """
 
-    def __init__(self, tokenizer_json: Path, eos_ids: Iterable[int], *, threads: int = 0) -> None:
+    def __init__(
+        self, tokenizer_json: Path, eos_ids: Iterable[int], *, tokenizer: Tokenizer | None = None, threads: int = 0
+    ) -> None:
+        """`tokenizer`: the same, where it has been read before."""
         count = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
         self._pool = ThreadPoolExecutor(count, "masks")
-        self._tokenizer = self._pool.submit(_read, tokenizer_json, sorted(eos_ids))
+        self._tokenizer = self._pool.submit(_read, tokenizer_json, sorted(eos_ids), tokenizer)
 
     def __call__(self, structure: Structure) -> Constraint:
         """One request's, with its first mask computed. May take a second: not for the engine's thread."""
@@ -98,11 +101,12 @@ def _deep(make: Callable[[], _Followed]) -> _Followed:
     return made.result()
 
 
-def _read(tokenizer_json: Path, eos_ids: list[int]) -> tuple[LLTokenizer, int | None]:
+def _read(tokenizer_json: Path, eos_ids: list[int], known: Tokenizer | None) -> tuple[LLTokenizer, int | None]:
     text = tokenizer_json.read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_str(text)
+    tokenizer = known or Tokenizer.from_str(text)
+    if ends := [token_id for token_id in eos_ids if tokenizer.id_to_token(token_id) is not None]:
+        return LLTokenizer(text, eos_token=ends), None
+    tokenizer = Tokenizer.from_str(text)  # one more token is this one's alone
     size = tokenizer.get_vocab_size(with_added_tokens=True)
-    if known := [token_id for token_id in eos_ids if tokenizer.id_to_token(token_id) is not None]:
-        return LLTokenizer(text, eos_token=known), None
     tokenizer.add_special_tokens(["<|no end|>"])
     return LLTokenizer(tokenizer.to_str(), eos_token=[size]), size

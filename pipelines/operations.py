@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from tokenizers import Tokenizer
 
 from pipelines import contracts, wire
+from pipelines.answer.formats import AnswerFormat
 from pipelines.contracts import Asked, Tensor, Values
 from pipelines.engine import Engine, Limits, snapshot
 from pipelines.engine.limits import read_limits
@@ -44,15 +46,17 @@ def load(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = None) ->
 
     `compiled`: None takes compiled steps once there are some; True waits for them, and False does without.
     """
-    stop_checker = Postprocess.load(pipeline.home).stop_checker
+    tokenizer = Tokenizer.from_file(str(pipeline.home / "tokenizer.json"))
+    stop_checker = Postprocess.of(tokenizer, AnswerFormat.load(pipeline.home).marks).stop_checker
     room = Gate(pipeline.image_memory_mb << 20)
     if pipeline.engine in ("echo", "query"):  # neither can be held to a structure
         engine = load_engine(pipeline, phases)
         return Generate(engine, stop_checker=stop_checker, room=room, phases_s=phases.seconds)
     from pipelines.constraint import Constraints
 
-    # Before the weights, so that the tokenizer is read while they are.
-    constraints = Constraints(pipeline.home / "tokenizer.json", read_limits(pipeline.home).eos_ids)
+    # Before the weights, so that it is read for them while those are.
+    eos_ids = read_limits(pipeline.home).eos_ids
+    constraints = Constraints(pipeline.home / "tokenizer.json", eos_ids, tokenizer=tokenizer)
     engine = load_engine(pipeline, phases, compiled=compiled)
     return Generate(engine, stop_checker=stop_checker, constraint=constraints, room=room, phases_s=phases.seconds)
 
@@ -76,6 +80,8 @@ def load_engine(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = N
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if pipeline.engine == "query":
         from pipelines.engine.query import load_query_engine
+
+        complete_torch()
 
         phases.end("import")
         queried = load_query_engine(
@@ -125,7 +131,7 @@ def load_engine(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = N
 def _snapshot(pipeline: Pipeline) -> snapshot.Reading | None:
     """The model as it was kept by an earlier load, being read from now on."""
     try:
-        return snapshot.Reading(_place(pipeline))
+        return snapshot.Reading(kept_at(pipeline))
     except FileNotFoundError:
         return None
     except snapshot.SnapshotError as error:
@@ -133,7 +139,8 @@ def _snapshot(pipeline: Pipeline) -> snapshot.Reading | None:
         return None
 
 
-def _place(pipeline: Pipeline) -> Path:
+def kept_at(pipeline: Pipeline) -> Path:
+    """Where its model is kept as it is in memory, once it has been loaded; its files must be there."""
     return snapshot.place(pipeline.home, pipeline.dtype, pipeline.quantize, pictures=pipeline.takes_images)
 
 
@@ -150,17 +157,19 @@ def _kept(reading: snapshot.Reading | None, device: str) -> Any:
 def _converted(pipeline: Pipeline, device: str) -> Any:
     """From its own files; kept as it is then, where that was work."""
     from pipelines.engine import weights
+    from pipelines.engine.lean import without_compiler
 
-    model, _ = weights.load(
-        pipeline.home,
-        dtype=pipeline.dtype,
-        quantize=pipeline.quantize,
-        device=device,
-        device_map=pipeline.device_map,
-        pictures=pipeline.takes_images,
-    )
+    with without_compiler():
+        model, _ = weights.load(
+            pipeline.home,
+            dtype=pipeline.dtype,
+            quantize=pipeline.quantize,
+            device=device,
+            device_map=pipeline.device_map,
+            pictures=pipeline.takes_images,
+        )
     if device == "cpu" and (pipeline.quantize or any(pipeline.home.glob("*.gguf"))):
-        snapshot.write(_place(pipeline), model)
+        snapshot.write(kept_at(pipeline), model)
     return model
 
 

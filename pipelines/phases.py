@@ -1,6 +1,7 @@
 """How long each part of a load takes, from the start of this process on: spawn, import, weights, warm_up.
 
-A process that runs a stage imports this first: what comes before is the spawn. Knows no stage.
+A process that runs a stage imports this first, and one that was forked with its imports done calls `begin`: what comes
+before is the spawn. Knows no stage.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ def _started() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") + time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-_began = time.monotonic()
-_spawned = max(0.0, _began - _started())
+def begin() -> None:
+    """What comes now is the import."""
+    global _began, _spawned
+    _began = time.monotonic()
+    _spawned = max(0.0, _began - _started())
+
+
+_began = _spawned = 0.0
+begin()
 
 
 class Phases:

@@ -11,9 +11,9 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -254,14 +254,14 @@ def _value(tensor: Tensor, found: Any) -> Any:
 
 def _end_with_the_server() -> None:
     """End this stub when its server has died: else it lingers after a `kill -9`, with its shared memory (DESIGN §4)."""
-    server = os.getppid()
+    with open("/proc/self/cmdline", "rb") as file:  # the backend starts a stub as: stub model.py REGION … … SERVER …
+        words = file.read().split(b"\0")
+    server = os.pidfd_open(int(words[5]))
 
     def watch() -> None:
-        while os.getppid() == server:
-            time.sleep(0.5)
-        with contextlib.suppress(OSError), open("/proc/self/cmdline", "rb") as file:
-            region = file.read().split(b"\0")[2]  # the backend starts a stub as: stub model.py REGION …
-            os.unlink(b"/dev/shm/" + region)
+        select.select([server], [], [])
+        with contextlib.suppress(OSError):
+            os.unlink(b"/dev/shm/" + words[2])
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="server-watch", daemon=True).start()

@@ -25,6 +25,7 @@ class Left(NamedTuple):
     descriptors: int
     segments: int
     zombies: int
+    zygote_kb: int
 
 
 def left(product: Product) -> Left:
@@ -32,7 +33,8 @@ def left(product: Product) -> Left:
     gateway, server = (resident_kb(pid) for pid in pids)
     descriptors = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
     zombies = sum(not alive(pid) for pid in product.family())
-    return Left(gateway, server, descriptors, len(product.shm()), zombies)
+    zygote = sum(resident_kb(pid) for pid, command in product.family().items() if command.startswith("triptych zygote"))
+    return Left(gateway, server, descriptors, len(product.shm()), zombies, zygote)
 
 
 def resident_kb(pid: int) -> int:

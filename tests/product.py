@@ -91,6 +91,15 @@ class Product:
             pid for pid, command in self.family().items() if "backend_stub " in command and f"/{model}/1/" in command
         )
 
+    def stubs_anywhere(self) -> dict[str, int]:
+        """Every stage's process by its model, also of those whose parent has died."""
+        found = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            words = command_of(int(place.name)).split()
+            if len(words) > 2 and words[2].startswith(f"triptych-{self.pid}-"):
+                found[Path(words[1]).parent.parent.name] = int(place.name)
+        return found
+
     def triton(self) -> int:
         return next(pid for pid, command in self.family().items() if "bin/tritonserver" in command)
 

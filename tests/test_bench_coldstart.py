@@ -51,7 +51,7 @@ def test_without_a_gateway_it_says_so() -> None:
 
 
 def test_what_was_never_loaded_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coldstart, "place", lambda *asked, **how: tmp_path / "nothing")
+    monkeypatch.setattr(coldstart, "kept_at", lambda pipeline: tmp_path / "nothing")
     with pytest.raises(BenchError, match="load echo once"):
         coldstart.reading("echo", 1)
 

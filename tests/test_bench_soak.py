@@ -197,11 +197,11 @@ def state(process: subprocess.Popen[bytes]) -> str:
 
 
 def test_a_signal_goes_to_the_stage_that_is_named_and_is_taken_back():
-    """A process that looks like a stub's; the tree it is looked for in is this test's own."""
+    """A process that looks like a stub's; the tree it is looked for in is that one's alone."""
     command = ["triton_python_backend_stub", "-c", "while sleep 1; do true; done", "/somewhere/a-generate/1/model.py"]
-    faults = Faults(Served("http://127.0.0.1:9", "", os.getpid(), Path()), ECHOES, 5, seed=0)
     stop = Fault(0, STOP, "a", "generate")
     with subprocess.Popen(command, executable="/bin/sh") as stub:
+        faults = Faults(Served("http://127.0.0.1:9", "", stub.pid, Path()), ECHOES, 5, seed=0)
         try:
             wait_for(lambda: processes.process_name(stub.pid) == "stub a-generate", 10)
             assert not faults.strike(Fault(0, KILL, "a", "preprocess"))

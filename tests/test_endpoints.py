@@ -21,7 +21,7 @@ from gateway import endpoints, routing
 from gateway.attached import complaints
 from gateway.backend import Delta, Submission
 from gateway.endpoints import Endpoints
-from gateway.triton import TritonError
+from gateway.installed import TritonError
 from pipelines.errors import StageError
 from pipelines.pipeline import Pipeline
 from tests.product import Product, free_port, free_triple, wait_for

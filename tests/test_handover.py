@@ -144,7 +144,7 @@ def test_a_stage_hands_over_what_is_not_sampled_too(path):
 
 def test_the_socket_is_this_users_alone(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    path = socket_path(8001)
+    path = socket_path("traces", 8001)
     assert len(path) < 108
     receiver = Receiver(path, lambda *span: None)
     assert stat.S_IMODE(os.stat(path).st_mode) & 0o077 == 0
@@ -152,5 +152,5 @@ def test_the_socket_is_this_users_alone(monkeypatch, tmp_path):
     receiver.close()
     os.chmod(os.path.dirname(path), 0o777)
     with pytest.raises(PermissionError, match="this user alone"):
-        socket_path(8001)
+        socket_path("traces", 8001)
     assert not [thread for thread in threading.enumerate() if thread.name == "trace-receiver"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.triton import orphaned_locks
+from gateway.installed import orphaned_locks
 from tests.product import Product, wait_for
 
 LOCK = 184  # where the lock of a segment's memory is: glibc's mutex

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.triton import environment, remove_stale_shm
+from gateway.installed import environment
+from gateway.triton import remove_stale_shm
 from pipelines.repository import CHECKED_IN
 from tests.orchestrator_call import OrchestratorCall
 from tests.product import Product, alive, free_triple, wait_for
@@ -84,7 +85,8 @@ def test_triton_killed_mid_stream_is_restarted(own_product: Product) -> None:
     wait_for(lambda: own_product.get("/health/ready")[0] == 200, 90)
     again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW_WHOLE, "max_tokens": 4}, timeout=30)
     assert again.json()["usage"]["completion_tokens"] == 4
-    assert not any(alive(pid) for pid in family)
+    gone = [pid for pid, command in family.items() if not command.startswith("triptych zygote")]
+    assert not any(alive(pid) for pid in gone)
     assert len(own_product.shm()) == shm
     assert own_product.events() == {("", "triton_died"): 1, ("", "triton_restarted"): 1}
     assert httpx.get(f"{own_product.url}/metrics/triton", timeout=30).status_code == 200
@@ -116,10 +118,14 @@ def test_a_stage_that_is_killed_is_replaced(own_product: Product, stage: str) ->
     failure = json.loads(data[-1][6:])["error"]
     assert (failure["code"], failure["stage"]) == ("unavailable", stage)
     assert not any("[DONE]" in line for line in lines)
-    status, health = own_product.get("/health/ready")
-    assert (status, health["not_ready"]) == (503, ["echo-slow"])
+
+    def is_back() -> bool:
+        """An orchestrator takes less than the time of a request."""
+        return own_product.events().get(("echo-slow", "repaired")) == 1
+
+    assert own_product.get("/health/ready") == (503, {"status": "not ready", "not_ready": ["echo-slow"]}) or is_back()
     refused = httpx.post(f"{own_product.url}/v1/completions", json=SLOW_WHOLE, headers=IMPATIENT, timeout=30)
-    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True) or is_back()
 
     wait_for(lambda: own_product.get("/health/ready")[0] == 200, 60)
     again = httpx.post(f"{own_product.url}/v1/completions", json={**SLOW_WHOLE, "max_tokens": 4}, timeout=30)
@@ -204,7 +210,7 @@ def test_tritonserver_alone_serves_the_default_pipeline(smollm2_home: Path, tmp_
     """No gateway, no options of ours: the binary, the checked-in repository and a backend folder."""
     import tritonclient.grpc as triton_grpc
 
-    from gateway.triton import backend_directory, server_home
+    from gateway.installed import backend_directory, server_home
     from tests.product import bytes_input
 
     port = free_triple()

@@ -57,11 +57,12 @@ def import_transformers(*models: str) -> None:
 
     At once where they are there already; as a whole, which takes longer, where it does not work this way.
     """
-    if _COMPILER in sys.modules or _SHARED[0] in sys.modules:
+    missing = [name for name in (*_SHARED, *models) if name not in sys.modules]
+    if _COMPILER in sys.modules or not missing:
         return
     try:
         with _placeholders():
-            for name in (*_SHARED, *models):
+            for name in missing:
                 importlib.import_module(name)
     except Exception as error:  # other versions, with other needs
         log.warning("transformers is imported as a whole: %s: %s", type(error).__name__, error)
@@ -74,20 +75,40 @@ def _placeholders() -> Iterator[None]:
     found = importlib.util.find_spec("transformers")
     assert found is not None
     assert found.origin is not None
-    models, compiler, wrapped = ModuleType("transformers.models"), ModuleType(_COMPILER), ModuleType(_WRAPPED)
+    models = ModuleType("transformers.models")
     models.__path__ = [str(Path(found.origin).parent / "models")]
+    available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False  # asked once, and remembered
+    try:
+        with without_compiler(), _standing_in(models):
+            yield
+    finally:
+        torch.distributed.is_available = available
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """torch's compiler is not imported, which takes 3 s, by what only asks that it let something be.
+
+    Making a model without data does: its first values are drawn by operators that are written in Python.
+    """
+    compiler, wrapped = ModuleType(_COMPILER), ModuleType(_WRAPPED)
     compiler.__path__ = []
     for name in ("disable", "assume_constant_result", "allow_in_graph"):
         setattr(compiler, name, _undecorated)
     wrapped.TransformGetItemToIndex = _transform  # type: ignore[attr-defined]
-    standing = {module.__name__: module for module in (models, compiler, wrapped)}
-    available = torch.distributed.is_available
+    with _standing_in(compiler, wrapped):
+        yield
+
+
+@contextmanager
+def _standing_in(*modules: ModuleType) -> Iterator[None]:
+    """Each in its own's place, if that has not been imported."""
+    standing = {module.__name__: module for module in modules if module.__name__ not in sys.modules}
     sys.modules.update(standing)
-    torch.distributed.is_available = lambda: False  # asked once, and remembered
     try:
         yield
     finally:
-        torch.distributed.is_available = available
         for name, module in standing.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]

@@ -91,7 +91,7 @@ def build() -> Path:
     if library.exists():
         return library
     try:
-        compiler.build(library, sorted(SOURCES.glob("*.cpp")), _OPTIONS)
+        compiler.build(library, sorted(SOURCES.glob("*.cpp")), (*_OPTIONS, *compiler.SHARED))
     except compiler.CompilerError as error:
         raise NoKernels(str(error)) from None
     return library

@@ -12,6 +12,7 @@ it makes a model or a file. Knows no engine.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -26,7 +27,7 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pipelines.engine import native
 from pipelines.pipeline import cache_dir
@@ -60,18 +61,44 @@ class _Spec(NamedTuple):
 
 def place(home: Path, dtype: str, quantize: str, *, pictures: bool = False) -> Path:
     """Where the file is, if there is one: the model's files, how it is loaded, and what loads it name it."""
-    told = hashlib.sha256()
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    told = hashlib.sha256(loaded_by())
     kernels = native.load()
     machine = kernels.path.name if kernels else native.processor()
-    told.update(repr((dtype, quantize, pictures, versions, sys.version_info[:2], machine)).encode())
+    told.update(repr((dtype, quantize, pictures, machine)).encode())
     for file in sorted(home.iterdir()):
         if file.suffix in (".gguf", ".safetensors", ".json"):
             stat = file.stat()
             told.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+    return cache_dir() / "snapshots" / f"{home.name}-{told.hexdigest()[:16]}"
+
+
+@functools.cache
+def loaded_by() -> bytes:
+    """What the code that reads and writes them has of its own; once a process, since its code stays what it was."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]  # each reads a long file
+    told = hashlib.sha256(repr((versions, sys.version_info[:2])).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         told.update(source.read_bytes())
-    return cache_dir() / "snapshots" / f"{home.name}-{told.hexdigest()[:16]}"
+    return told.digest()
+
+
+def modules_of(path: Path) -> list[str]:
+    """Where the classes of a kept model are. Raises FileNotFoundError, or SnapshotError."""
+    with path.open("rb") as file:
+        return _head(file, path)[0]
+
+
+def _head(file: BinaryIO, path: Path) -> tuple[list[str], list[_Spec], bytes, int]:
+    """Its modules, tensors, pickle and bytes of weights; what follows in the file are those."""
+    try:
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+            raise SnapshotError(f"{path} is no snapshot")
+        _, told, pickled, length = _HEAD.unpack(head)
+        facts = json.loads(file.read(told))
+        return facts["modules"], [_Spec(*spec) for spec in facts["tensors"]], file.read(pickled), length
+    except ValueError as error:
+        raise error if isinstance(error, SnapshotError) else SnapshotError(f"{path}: {error}") from None
 
 
 class Reading:
@@ -83,22 +110,15 @@ class Reading:
     def __init__(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
-                head = file.read(_HEAD.size)
-                if len(head) < _HEAD.size or not head.startswith(_MAGIC):
-                    raise SnapshotError(f"{path} is no snapshot")
-                _, told, pickled, self._length = _HEAD.unpack(head)
-                facts = json.loads(file.read(told))
-                self._pickled = file.read(pickled)
+                self.modules, self._specs, self._pickled, self._length = _head(file, path)
                 start = _pages(file.tell())
                 if os.fstat(file.fileno()).st_size < start + self._length:
                     raise SnapshotError(f"{path} has become shorter")
                 descriptor = os.dup(file.fileno())
         except FileNotFoundError:
             raise
-        except (OSError, ValueError) as error:
-            raise error if isinstance(error, SnapshotError) else SnapshotError(f"{path}: {error}") from None
-        self.modules: list[str] = facts["modules"]  # where its classes are
-        self._specs = [_Spec(*spec) for spec in facts["tensors"]]
+        except OSError as error:
+            raise SnapshotError(f"{path}: {error}") from None
         self._memory = mmap.mmap(-1, max(1, self._length), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._pool = ThreadPoolExecutor(_THREADS, "snapshot")
