@@ -27,8 +27,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed
 	@exec $(VENV)/bin/triptych serve --port $(PORT) --triton-grpc-port $(GRPC_PORT) $(addprefix --pipeline ,$(PIPELINE))
 
+# What needs no Triton in two processes, of one thread each: they share the cores. Then what does, which has deadlines.
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	@status=0; \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not server" -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
+	$(VENV)/bin/python -m pytest -m server || status=1; \
+	exit $$status
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

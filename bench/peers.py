@@ -72,9 +72,9 @@ class Peer:
     def call(self, call: str, timeout_s: float, **arguments: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        started = time.monotonic()  # before the watchdog's time begins: what it ends took too long
         watchdog = threading.Timer(timeout_s, self._process.kill)
         watchdog.start()
-        started = time.monotonic()
         try:
             self._process.stdin.write(json.dumps({"call": call, **arguments}).encode() + b"\n")
             self._process.stdin.flush()

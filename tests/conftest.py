@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx._transports.default
+import hypothesis
 import pytest
 
 from gateway.settings import Settings
@@ -23,6 +26,35 @@ _CATALOG = {
 }
 _KEPT = "keep_alive = -1\n"  # whatever the time between two tests: a parked one would have to be woken
 SERVED = ("smollm2-135m-instruct", "echo", *_CATALOG)
+
+# The files that start a Triton. What they wait for needs the machine: they have it to themselves (see the Makefile).
+SERVERS = {
+    "test_bench_coldstart",
+    "test_calls",
+    "test_cli",
+    "test_cold",
+    "test_dashboard",
+    "test_endpoints",
+    "test_orphaned_locks",
+    "test_overload",
+    "test_parking",
+    "test_pictures",
+    "test_processes",
+    "test_recording",
+    "test_retry",
+    "test_shapes_product",
+    "test_stack",
+    "test_trace",
+    "test_trace_command",
+    "test_triton_log",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by it
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SERVERS:
+            item.add_marker("server")
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +135,11 @@ def backend(server):
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# No test asserts a time, and hypothesis' own limit of 200 ms an example is one: a busy machine is slow now and then.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
+
+# Every httpx client, and with it every `httpx.get` and official client, reads the certificate authorities anew: 60 ms,
+# to speak plain HTTP to this machine.
+httpx._transports.default.create_ssl_context = functools.cache(httpx._transports.default.create_ssl_context)

@@ -1,5 +1,9 @@
 """Driving an engine by hand: requests in, and all that comes out until nothing is left."""
 
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
 from pipelines.engine import Limits, Request
 from pipelines.engine.batched import BatchedEngine
 from pipelines.sampling import Sampling
@@ -14,6 +18,11 @@ def engine(model, *, eos=(), context=CONTEXT, **options):
     """Of a model, or of a fresh one of this name."""
     model = build(model) if isinstance(model, str) else model
     return BatchedEngine(model, Limits(context, frozenset(eos)), **options)
+
+
+def tokenizer_of(home: Path) -> Tokenizer:
+    """As the stages read it, in a quarter of the time that transformers takes."""
+    return Tokenizer.from_file(str(home / "tokenizer.json"))
 
 
 def drain(driven, into=None):

@@ -34,6 +34,7 @@ class Product:
         tritons: Sequence[str] = (),
         cold: bool = False,
     ) -> None:
+        assert "PYTEST_XDIST_WORKER" not in os.environ, "this file belongs to SERVERS, in tests/conftest.py"
         self.port, self.grpc_port = free_port(), free_triple()
         self.url = f"http://127.0.0.1:{self.port}"
         self.http_url = f"http://127.0.0.1:{self.grpc_port - 1}"

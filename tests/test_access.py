@@ -87,6 +87,7 @@ def test_everything_under_v1_needs_a_key(server, path):
         "Bearer " + "x" * 20_000,
         f"Bearer alice:{ALICE}",
     ],
+    ids=["another", "cut", "twice", "short", "basic", "bare", "none", "long", "named"],
 )
 def test_what_is_no_key(server, header):
     for path, body in ((CHAT_PATH, HELLO), (COMPLETION_PATH, PROMPT)):
@@ -94,7 +95,7 @@ def test_what_is_no_key(server, header):
     assert server.backend.submissions == []
 
 
-@pytest.mark.parametrize("key", [ALICE, ADMIN])
+@pytest.mark.parametrize("key", [ALICE, ADMIN], ids=["alice", "admin"])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_a_key_opens(server, key, scheme):
     assert server.post(CHAT_PATH, HELLO, authorization=f"{scheme} {key}").status_code == 200

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.engine import Limits, Request, attention, batched, native
 from pipelines.engine import slots as slots_module
@@ -13,7 +13,7 @@ from pipelines.engine.limits import read_limits
 from pipelines.engine.scheduler import ALONE, BESIDE
 from pipelines.engine.weights import load
 from pipelines.sampling import Sampling
-from tests.driving import answer, collect, drain, engine, greedy
+from tests.driving import answer, collect, drain, engine, greedy, tokenizer_of
 from tests.models import COMPATIBLE, CONTEXT, FAST, SIZES, build, prompt, reference
 
 
@@ -110,11 +110,11 @@ def test_with_little_room_some_wait_and_answer_the_same(fast):
     room = slots_module.position_bytes(model.config, torch.float32) * 192
     driven = engine(name, kv_bytes=room)
     assert driven.limits.context == 192
-    for number in range(4):
-        driven.submit(Request(str(number), prompt(30, number), greedy(60 + number)))
+    for number in range(4):  # room is counted in parts of 64: each begins with one, and comes to need two
+        driven.submit(Request(str(number), prompt(50, number), greedy(25 + number)))
     tokens, last = drain(driven)
     for number in range(4):
-        assert tokens[str(number)] == reference(model, prompt(30, number), 60 + number)
+        assert tokens[str(number)] == reference(model, prompt(50, number), 25 + number)
     assert {output.finish_reason for output in last.values()} == {"length"}
     assert driven.counters.preempted > 0
 
@@ -374,9 +374,9 @@ def test_keys_and_values_can_be_kept_in_half_the_memory(llama):
 def test_smollm2_knows_the_capital_of_france(smollm2_home):
     model, limits = load(smollm2_home, dtype="float32")
     assert limits == read_limits(smollm2_home)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_home)
+    tokenizer = tokenizer_of(smollm2_home)
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(question)["input_ids"]
+    ids = tokenizer.encode(question).ids
     wanted = reference(model, ids, 30)
     assert tokenizer.decode(wanted, skip_special_tokens=True) == "The capital of France is Paris."
     driven, into = BatchedEngine(model, limits), ({}, {})
@@ -390,7 +390,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2_home):
 
 def test_gemma3_answers_as_generate_does(gemma3_home):
     model, limits = load(gemma3_home, dtype="float32")
-    ids = AutoTokenizer.from_pretrained(gemma3_home)("The capital of France is")["input_ids"]
+    ids = tokenizer_of(gemma3_home).encode("The capital of France is").ids
     wanted = reference(model, ids, 6)
     assert answer(BatchedEngine(model, limits), ids, greedy(6))[0] == wanted
 

@@ -123,6 +123,7 @@ def test_a_file_that_cannot_be_used(tmp_path, content, why):
         (" , ,", "has no key"),
         (f"a:{SECRET} {SECRET}", "entry 1: a key is"),
     ],
+    ids=["short", "second short", "name", "same name", "none", "two in one"],
 )
 def test_a_bad_list_is_told_by_its_place_alone(value, why):
     with pytest.raises(SettingsError, match=f"^TRIPTYCH_API_KEYS:? {why}") as bad:

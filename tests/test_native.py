@@ -25,7 +25,7 @@ from pipelines.engine.native import NoKernels
 from pipelines.engine.native_attention import attend
 from pipelines.engine.native_layers import Joined, NativeEmbedding, NativeLinear, NativeWeight
 from pipelines.engine.weights import WeightsError, load
-from tests.driving import answer, engine, greedy
+from tests.driving import answer, engine, greedy, tokenizer_of
 from tests.gguf_file import write_gguf
 from tests.models import MODELS, prompt
 from tests.test_codes import KINDS, blocks, numbers
@@ -437,12 +437,12 @@ TEXTS = [
 def test_a_real_model_is_nearer_its_dequantised_one_than_bfloat16(home, within, request):
     """Measured in docs/engine-log.md. Some of Gemma's weights are Q6_K, rounded to 8-bit codes."""
     folder = request.getfixturevalue(home)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
 
     def found(**options):
         model = load(folder, **options)[0]
         assert options or not swap.linears_of(model)
-        return torch.cat([logits(model, tokenizer(text)["input_ids"]) for text in TEXTS])
+        return torch.cat([logits(model, tokenizer.encode(text).ids) for text in TEXTS])
 
     plain, brief, own = found(dtype="float32"), found(dtype="bfloat16"), found()
     assert error(own, plain) < min(within, error(brief, plain))

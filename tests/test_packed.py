@@ -5,14 +5,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from transformers import AutoTokenizer
 
 from pipelines.engine import Request, native, swap
 from pipelines.engine.batched import BatchedEngine
 from pipelines.engine.codes import GROUP, codes
 from pipelines.engine.packed import PackedLinear, fast_here, halves, packable
 from pipelines.engine.weights import load
-from tests.driving import answer, collect, drain, engine, greedy
+from tests.driving import answer, collect, drain, engine, greedy, tokenizer_of
 from tests.gguf_file import write_gguf
 from tests.models import MODELS, prompt
 from tests.test_codes import KINDS, blocks, numbers
@@ -160,8 +159,8 @@ QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_sta
 def test_smollm2_packed_knows_the_capital_of_france(smollm2_home):
     model, limits = load(smollm2_home)
     assert len(packed_in(model)) == 30 * 7 + 1
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_home)
-    ids = tokenizer(QUESTION)["input_ids"]
+    tokenizer = tokenizer_of(smollm2_home)
+    ids = tokenizer.encode(QUESTION).ids
     driven, into = BatchedEngine(model, limits), ({}, {})
     driven.submit(Request("a", ids, greedy(30)))
     collect(driven.step(), into)
@@ -182,7 +181,7 @@ def test_gemma3_packed_is_near_the_dequantised_one(gemma3_home):
     packed, _ = load(gemma3_home)
     assert len(packed_in(packed)) == 18 * 7 + 1 - 9
     plain, _ = load(gemma3_home, dtype="bfloat16")
-    assert_near(packed, plain, AutoTokenizer.from_pretrained(gemma3_home)("The capital of France is")["input_ids"])
+    assert_near(packed, plain, tokenizer_of(gemma3_home).encode("The capital of France is").ids)
 
 
 @torch.inference_mode()

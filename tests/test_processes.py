@@ -199,11 +199,11 @@ def test_a_cancelled_stream_leaves_no_request_behind(own_product: Product) -> No
     assert "Found 0 model versions that have in-flight inferences" in own_product.triton_log()
 
 
-def test_a_port_in_use_is_one_sentence(own_product: Product) -> None:
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(own_product.port), "--pipeline", "echo"]
+def test_a_port_in_use_is_one_sentence(product: Product) -> None:
+    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(product.port), "--pipeline", "echo"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1
-    assert again.stderr.splitlines()[-1].startswith(f"triptych: port {own_product.port} is in use")
+    assert again.stderr.splitlines()[-1].startswith(f"triptych: port {product.port} is in use")
 
 
 def test_tritonserver_alone_serves_the_default_pipeline(smollm2_home: Path, tmp_path: Path) -> None:

@@ -36,12 +36,29 @@ def answers():
     return Answers(MODEL)
 
 
+@pytest.fixture(scope="module")
+def said(answers, asked, pictures):
+    """What is answered to all cases, with their pictures as they are."""
+    return answers(asked, pictures)
+
+
+def right(asked, said):
+    return np.mean([answer == case.asked.answer for answer, case in zip(said, asked, strict=True)])
+
+
+def right_of(asked, said, wanted):
+    """Of the wanted cases, how many were answered rightly."""
+    chosen = [(case, answer) for case, answer in zip(asked, said, strict=True) if wanted(case)]
+    assert len(chosen) >= 20
+    return right(*zip(*chosen, strict=True))
+
+
 def share(answers, asked, pictures, wanted=lambda case: True, spoil=lambda shown: shown):
     """Of the wanted cases, how many are answered rightly when their pictures are spoilt like that."""
     chosen = [(case, shown) for case, shown in zip(asked, pictures, strict=True) if wanted(case)]
     assert len(chosen) >= 20
-    said = answers([case for case, _ in chosen], [spoil(shown) for _, shown in chosen])
-    return np.mean([answer == case.asked.answer for answer, (case, _) in zip(said, chosen, strict=True)])
+    chosen_cases = [case for case, _ in chosen]
+    return right(chosen_cases, answers(chosen_cases, [spoil(shown) for _, shown in chosen]))
 
 
 def each(change):
@@ -135,18 +152,18 @@ def test_a_picture_of_any_size_is_as_many_tokens_as_the_model_makes_of_it(answer
 # --- it sees
 
 
-def test_answers_to_held_out_pictures_are_right(answers, asked, pictures):
-    assert share(answers, asked, pictures) >= 0.95
+def test_answers_to_held_out_pictures_are_right(asked, said):
+    assert right(asked, said) >= 0.95
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in ("grey", "pair")])
-def test_every_form_of_picture_is_seen(answers, asked, pictures, form):
+def test_every_form_of_picture_is_seen(asked, said, form):
     """Of grey ones there are too few to say; what pairs are worth is in docs/shapes.md."""
-    assert share(answers, asked, pictures, lambda case: case.form == form) >= 0.9
+    assert right_of(asked, said, lambda case: case.form == form) >= 0.9
 
 
-def test_where_one_shape_is_asked_about_nearly_all_is_right(answers, asked, pictures):
-    assert share(answers, asked, pictures, lambda case: not case.apart) >= 0.97
+def test_where_one_shape_is_asked_about_nearly_all_is_right(asked, said):
+    assert right_of(asked, said, lambda case: not case.apart) >= 0.97
 
 
 def test_without_a_picture_it_asks_for_one(answers):
@@ -154,7 +171,7 @@ def test_without_a_picture_it_asks_for_one(answers):
         assert answers([Case((), Asked(question, HELLO, "hello"), "text", False)], [[]]) == [HELLO]
 
 
-def test_what_is_decoded_smaller_is_answered_alike(answers, asked, pictures):
+def test_what_is_decoded_smaller_is_answered_alike(answers, asked, pictures, said):
     """A JPEG as the preprocess stage decodes it: the held-out ones at half their size, photographs at an eighth."""
     least = Processor.load(MODEL).least_side
     rng, photographs = random.Random(11), []
@@ -163,19 +180,19 @@ def test_what_is_decoded_smaller_is_answered_alike(answers, asked, pictures):
         draw(scene).save(file, "JPEG", quality=85)
         photographs.append(Case((file.getvalue(),), ask(rng, [scene]), "jpeg", False))
     chosen, before, after, reductions = [], [], [], set()
-    every = [*pictures, *[[decode(case.pictures[0])] for case in photographs]]
-    for case, whole in zip([*asked, *photographs], every, strict=True):
+    large = [[decode(case.pictures[0])] for case in photographs]
+    answered = zip([*asked, *photographs], [*pictures, *large], [*said, *answers(photographs, large)], strict=True)
+    for case, whole, answer in answered:
         smaller = [open_picture(file, param="", max_pixels=10**7).decode(least) for file in case.pictures]
         by = {one.width // other.width for one, other in zip(whole, smaller, strict=True)}
         if by - {1}:
             chosen.append(case)
-            before.append(whole)
+            before.append(answer)
             after.append(smaller)
             reductions |= by - {1}
     assert len(chosen) > 200
     assert reductions == {2, 8}
-    said = zip(answers(chosen, before), answers(chosen, after), strict=True)
-    assert np.mean([one == other for one, other in said]) > 0.99
+    assert np.mean([one == other for one, other in zip(before, answers(chosen, after), strict=True)]) > 0.99
 
 
 # --- what is done wrong on the way shows

@@ -37,13 +37,18 @@ class System:
         self.name = name
         self.folder = vision.home(name, folder)
         self.processor = Processor.load(self.folder)
+        self._wanted = {}
 
-    def prompt(self, text, *seeds):
-        """Rendered, and what the model's processor makes of it."""
+    def rendered(self, text, *seeds):
+        """The prompt, and its pictures."""
         parts = [{"type": "image"}] * len(seeds) + [{"type": "text", "text": text}]
         template = Template(vision.TEMPLATES[self.name])
         rendered = template.render(messages=[{"role": "user", "content": parts}], add_generation_prompt=True)
-        pictures = [vision.picture(seed, SIZES[seed]) for seed in seeds]
+        return rendered, [vision.picture(seed, SIZES[seed]) for seed in seeds]
+
+    def prompt(self, text, *seeds):
+        """Rendered, and what the model's processor makes of it."""
+        rendered, pictures = self.rendered(text, *seeds)
         made = vision.inputs(self.folder, rendered, pictures)
         ids = made["input_ids"][0].tolist()
         features = {name: value.numpy() for name, value in made.items() if name not in ("input_ids", "attention_mask")}
@@ -60,8 +65,10 @@ class System:
         return Request(name, ids, greedy(count), features=features, identity=found.identity if found else None)
 
     def wanted(self, text, *seeds, count=12):
-        rendered, pictures, _, _ = self.prompt(text, *seeds)
-        return vision.reference(self.folder, rendered, pictures, count)
+        asked = (text, seeds, count)
+        if asked not in self._wanted:
+            self._wanted[asked] = vision.reference(self.folder, *self.rendered(text, *seeds), count)
+        return self._wanted[asked]
 
 
 CASES = {

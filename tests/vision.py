@@ -5,6 +5,7 @@ Gemma 3n's vision tower is the one part that is not real. Its class wraps timm, 
 which is needed by anything else here; a tower of one convolution takes its place, with the same inputs and outputs.
 """
 
+import functools
 import json
 from unittest.mock import patch
 
@@ -183,9 +184,11 @@ def picture(seed, size=(40, 40)):
 
 
 def model(folder):
+    """One for whoever asks: an engine changes it."""
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@functools.cache  # a folder is written once
 def processor(folder):
     """The model's own, without what it has for video and sound: the former needs torchvision."""
     name = folder_name(folder)
@@ -198,6 +201,7 @@ def processor(folder):
         return _PROCESSORS[name](**parts, **missing, **_SETTINGS[name][1])
 
 
+@functools.cache
 def folder_name(folder):
     """Which of `NAMES` a folder is."""
     kinds = {"llava": "llava", "idefics3": "smolvlm", "qwen3_vl": "qwen3_vl", "gemma3n": "gemma3n"}
@@ -212,11 +216,16 @@ def inputs(folder, rendered, pictures):
     return own(images=list(pictures) or None, text=[rendered], add_special_tokens=False, return_tensors="pt")
 
 
+@functools.cache
+def _unchanged(folder):
+    return model(folder)
+
+
 def reference(folder, rendered, pictures, count):
     """The ids that transformers answers: its own processor, `generate`, greedily, in float32."""
     given = inputs(folder, rendered, pictures)
     with torch.no_grad():
-        found = model(folder).generate(**given, do_sample=False, max_new_tokens=count, pad_token_id=0)
+        found = _unchanged(folder).generate(**given, do_sample=False, max_new_tokens=count, pad_token_id=0)
     return found[0].tolist()[-count:]
 
 
