@@ -47,6 +47,7 @@ SERVERS = {
     "test_trace",
     "test_trace_command",
     "test_triton_log",
+    "test_zygote",
 }
 
 
