@@ -1,4 +1,4 @@
-"""A command line for a process that ends with this one, and that has a library preloaded."""
+"""A command line for a process that ends with this one, and that has libraries preloaded (`preloaded.h`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def bound(command: Sequence[str], preloaded: Path | None = None) -> list[str]:
+def bound(command: Sequence[str], *preloaded: Path) -> list[str]:
     """To be started by the main thread: it is told to end when the thread that started it has."""
-    return [sys.executable, "-S", "-c", _START, str(os.getpid()), str(preloaded or ""), *command]
+    return [sys.executable, "-S", "-c", _START, str(os.getpid()), ":".join(map(str, preloaded)), *command]

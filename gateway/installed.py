@@ -68,16 +68,16 @@ def backend_directory(stand_in: Path | None = None) -> Path:
     return folder
 
 
-def orphaned_locks() -> Path | None:
-    """What takes over the locks of stages that are killed.
+def server_libraries() -> list[Path]:
+    """What is preloaded into the server: it takes over the locks of stages that are killed, and has one heap.
 
-    None where there is no compiler: such a death may end the server, which then is restarted.
+    None without a compiler: such a death may end the server, which then is restarted, and each load adds to it.
     """
     try:
-        return _built("orphaned_locks", compiler.SHARED)
+        return [_built(name, compiler.SHARED) for name in ("orphaned_locks", "one_arena")]
     except compiler.CompilerError as error:
         log.warning("a stage that is killed may take tritonserver with it: %s", error)
-        return None
+        return []
 
 
 def zygote_library() -> Path:

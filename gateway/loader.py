@@ -181,6 +181,7 @@ class Loader:
         await self._load_models(pipeline)
         loaded_s = time.monotonic() - began
         self._supervisor.watch()
+        self._check_stages(pipeline)  # one that dies from here on is told of (`stub_died`)
         lane = self._lanes.open(pipeline.name)
         self._loaded.add(pipeline.name)
         self._broken.pop(pipeline.name, None)
@@ -208,6 +209,14 @@ class Loader:
         await self._watching(
             _all([self._in_turn(pipeline.name, stages), self._in_turn(pipeline.name, [_ORCHESTRATOR])])
         )
+
+    def _check_stages(self, pipeline: Pipeline) -> None:
+        """Triton calls a model ready whose process has died since, and nobody would ever hear of it."""
+        for stage in (model for model in MODELS if model != ENSEMBLE):
+            wanted = pipeline.preprocess_instances if stage == "preprocess" else 1
+            if len(self._supervisor.stubs_of(model_name(pipeline.name, stage))) < wanted:
+                message = f"its {stage} stage died as soon as it was loaded"
+                raise StageError(message, code="unavailable", stage=stage)
 
     async def _in_turn(self, pipeline: str, models: Iterable[str]) -> None:
         """Triton does not load two members of an ensemble at once, unless it does so by itself."""

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-// It is the first of those named.
+// Each of ours takes one away, and ours are the first of those named.
 __attribute__((constructor)) static void not_for_children() {
     const char* named = getenv("LD_PRELOAD");
     const char* others = named ? strchr(named, ':') : nullptr;

@@ -19,7 +19,7 @@ from typing import Any
 import tritonclient.grpc
 
 from gateway.bound import bound
-from gateway.installed import TritonError, backend_directory, environment, orphaned_locks, server_home
+from gateway.installed import TritonError, backend_directory, environment, server_home, server_libraries
 from gateway.zygote import Zygote
 from observability import triton_spans
 
@@ -72,7 +72,7 @@ class Triton:
         known |= self.zygote.variables if self.zygote else {}
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                bound(self._command(), orphaned_locks()),
+                bound(self._command(), *server_libraries()),
                 env=known,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

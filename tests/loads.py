@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from tests.product import Product, alive
 
+SMALL = {"TRIPTYCH_TRACE_RING": "16"}  # what is kept of requests is full by the first look
+
 
 class Left(NamedTuple):
     """What there is while nothing is loaded. Memory is that of both processes, in kB: anonymous, and of files."""
@@ -53,7 +55,8 @@ def main() -> int:
         folder = Path(name)
         (folder / "catalog").mkdir()
         (folder / "catalog" / "cold.toml").write_text(declared(), encoding="utf-8")
-        product = Product(folder, env={"TRIPTYCH_CATALOG": str(folder / "catalog")}, cold=True)
+        env = {"TRIPTYCH_CATALOG": str(folder / "catalog"), **SMALL}
+        product = Product(folder, env=env, cold=True)
         try:
             product.wait_ready()
             before: Left | None = None
