@@ -142,7 +142,10 @@ class Supervisor:
 
 async def _ended(pid: int) -> None:
     """Until this process ends."""
-    descriptor = os.pidfd_open(pid)
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)

@@ -64,8 +64,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 def serve() -> None:
     """Returns in a process that is to run a stage, and only there."""
     place = os.environ.pop(SOCKET)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a child ended
     _import(_MODULES)
+    _reap_children()
     with _listening(place) as listener:
         torch = _WithTorch(listener)
         while True:
@@ -83,6 +83,7 @@ def serve() -> None:
                 else:
                     is_stage = _fork(request, connection)
                 if is_stage:
+                    torch.close()
                     return
 
 
@@ -110,7 +111,7 @@ class _WithTorch:
         except OSError:
             return False
         for _ in range(2):  # it may have died
-            if self.warm():
+            if self.warm(connection):
                 return True
             assert self._channel
             try:
@@ -118,11 +119,16 @@ class _WithTorch:
                 return False
             except OSError as error:
                 log.warning("the zygote with torch is gone, another one begins: %s", error)
-                self._channel.close()
-                self._channel = None
+                self.close()
         return False
 
-    def warm(self) -> bool:
+    def close(self) -> None:
+        if self._channel:
+            self._channel.close()
+            self._channel = None
+
+    def warm(self, asking: socket.socket | None = None) -> bool:
+        """Begins it, unless it has begun; True in a stage, which is one that asks later."""
         if self._channel:
             return False
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -132,12 +138,16 @@ class _WithTorch:
             theirs.close()
             return False
         with _only_stages_leave():
-            self._listener.close()
-            self._channel.close()
+            for inherited in (self._listener, self._channel, asking):
+                if inherited:
+                    inherited.close()
             ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-            if os.getppid() == first:
-                _import_torch()
-                _serve_with_torch(theirs)
+            if os.getppid() != first:
+                os._exit(0)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _import_torch()
+            _reap_children()
+            _serve_with_torch(theirs)
         return True
 
 
@@ -151,6 +161,11 @@ def _serve_with_torch(channel: socket.socket) -> None:
             if _fork(request, connection):
                 channel.close()
                 return
+
+
+def _reap_children() -> None:
+    """Nobody asks how one ended. Not while importing: that may start a program and ask."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def _fork(request: bytes, connection: socket.socket) -> bool:
@@ -207,6 +222,8 @@ def _import_torch() -> None:
     from pipelines.engine import lean, snapshot
     from pipelines.operations import kept_at
 
+    # A process that has asked the driver cannot be forked; the management library may be asked (torch.cuda, notes).
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     gc.disable()  # as in collector_off
     models: set[str] = set()
     pulled = [each for each in read_catalog()[0].values() if each.engine == "transformers" and is_pulled(each)]

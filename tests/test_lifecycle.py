@@ -711,8 +711,10 @@ def test_frequency_counts_visits_and_forgets():
 # All together.
 
 
-def test_a_walk():
-    edges, refusals, starts = lifecycle_walk.walk(200_000, seed=7)  # a million: python -m tests.lifecycle_walk
+@pytest.mark.parametrize("seed", range(7, 12))
+def test_a_walk(seed):
+    """A million transitions, in five walks."""
+    edges, refusals, starts = lifecycle_walk.walk(200_000, seed=seed)
     assert starts > 10_000
     assert set(refusals) == {"model_not_found", "unavailable", "timeout", "overloaded"}
     reached = {was for was, _, _ in edges} | {now for _, _, now in edges}
