@@ -20,10 +20,10 @@
 
 namespace {
 
-constexpr char SOCKET[] = "TRIPTYCH_ZYGOTE";
+constexpr char SOCKET[] = "TRIPTYCH_ZYGOTE_SOCKET";
 constexpr int ANSWER_MS = 5'000, TORCH_MS = 60'000;  // it may have torch to import first, and says so
 constexpr char PATIENCE[] = "torch";
-constexpr int SERVER = 5;          // which argument is the server's process
+constexpr int SERVER = 5;  // which argument is the server's process
 
 int connected(const char* path) {
     sockaddr_un address{};
@@ -45,6 +45,7 @@ int forked(const std::string& arguments) {
     char answer[16] = {};
     const auto answered = [&](int milliseconds) {
         pollfd until{channel, POLLIN, 0};
+        memset(answer, 0, sizeof answer);
         return poll(&until, 1, milliseconds) == 1 && recv(channel, answer, sizeof answer - 1, 0) > 0;
     };
     if (send(channel, arguments.data(), arguments.size(), MSG_NOSIGNAL) == ssize_t(arguments.size()) &&

@@ -29,7 +29,7 @@ from pipelines.sources import is_pulled
 
 log = logging.getLogger(__name__)
 
-SOCKET = "TRIPTYCH_ZYGOTE"  # the variable that says where it listens
+SOCKET = "TRIPTYCH_ZYGOTE_SOCKET"  # the variable that says where it listens
 WARM = b"torch"  # asked for in place of a stage: the second one, before it is needed
 
 _MODULES = (
