@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -189,8 +190,12 @@ async def show_metrics(request: Request) -> Response:
     for kind in ("ram", "gpu"):
         metrics.MEMORY_BYTES.labels(kind, "reserved").set(getattr(used, kind))
         metrics.MEMORY_BYTES.labels(kind, "total").set(getattr(total, kind))
-    data, media_type = metrics.render(request.headers.get("accept", ""))
-    return Response(data, headers={"content-type": media_type})
+    pieces, media_type = metrics.render(request.headers.get("accept", ""))
+    body = bytearray()
+    for piece in pieces:
+        body += piece
+        await asyncio.sleep(0)  # whoever came meanwhile is served
+    return Response(bytes(body), headers={"content-type": media_type})
 
 
 def _json(value: object, status: int = 200) -> Response:

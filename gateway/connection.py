@@ -55,26 +55,26 @@ async def read_body(scope: Scope, receive: Receive, limit: int, setting: str, sh
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Runs `work` to its end or until the client leaves: then cancels it at once, and raises ClientGone."""
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnect(receive))
+    """Runs `work` to its end or until the client leaves: then cancels it at once, and raises ClientGone.
+
+    In the task that it is called in: what is refused at once, of which there may be many, needs no other.
+    """
+    watcher = asyncio.ensure_future(_disconnected(receive, asyncio.current_task()))
     try:
-        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            return worker.result()
-        worker.cancel()
-        await asyncio.wait((worker,))
-        if not worker.cancelled():
-            worker.result()  # it ended, or failed, in the same moment
-        raise ClientGone
+        await work
+    except asyncio.CancelledError:
+        if watcher.done() and not watcher.cancelled() and not watcher.exception():
+            raise ClientGone from None
+        raise
     finally:
         watcher.cancel()
-        worker.cancel()
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _disconnected(receive: Receive, worker: asyncio.Task[Any] | None) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    if worker:
+        worker.cancel()
 
 
 def too_large(what: str, limit: int, setting: str) -> ApiError:

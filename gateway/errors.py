@@ -118,6 +118,10 @@ def log_failure(failure: Failure, error: Exception, request_id: str) -> None:
 def error_response(error: Exception, request_id: str) -> Response:
     failure = failure_of(error, request_id)
     log_failure(failure, error, request_id)
+    return failure_response(failure)
+
+
+def failure_response(failure: Failure) -> Response:
     body = orjson.dumps(failure.body())
     return Response(body, failure.status, headers=dict(failure.headers), media_type="application/json")
 

@@ -17,7 +17,7 @@ from gateway import objects, protocol
 from gateway.backend import Submission
 from gateway.choices import Choice, Merged, ParsedChoice, Totals
 from gateway.connection import header, read_body, too_large, while_connected
-from gateway.errors import ApiError, Failure, failure_of, log_failure
+from gateway.errors import ApiError, ClientGone, Failure, failure_of, failure_response, log_failure
 from gateway.lifecycle.driver import Place
 from gateway.lifecycle.states import State
 from gateway.objects import Head
@@ -51,11 +51,23 @@ class Generation:
         state = state_of(scope)
         began = time.monotonic()
         with Report(scope, self.operation) as report, state["room"].share() as share:
-            timeout_ms = _timeout_ms(scope, state["settings"].max_timeout_ms)
-            request = await self._request(scope, receive, share)
-            report.served(request)
-            deadline = _Deadline(Terms(request.priority, timeout_ms), began)
-            await while_connected(receive, self._serve(request, deadline, report, scope, receive, send))
+            opened = Opened(send)
+            try:
+                timeout_ms = _timeout_ms(scope, state["settings"].max_timeout_ms)
+                request = await self._request(scope, receive, share)
+                report.served(request)
+                deadline = _Deadline(Terms(request.priority, timeout_ms), began)
+                await while_connected(receive, self._serve(request, deadline, report, scope, receive, opened))
+            except ClientGone:
+                raise
+            except Exception as error:
+                # Answered before it is told: of many that are refused, each would wait for the words on it too.
+                failure = _told(error, report.request_id)
+                report.failed(failure, in_stream=opened.opened)
+                if opened.opened:  # the headers of this stream went out while it waited
+                    await send({"type": "http.response.body", "body": Events.error(failure)})
+                else:
+                    await failure_response(failure)(scope, receive, send)
 
     async def _request(self, scope: Scope, receive: Receive, share: Share) -> GenerationRequest:
         """Read, parsed, and possible for the pipeline that it names."""
@@ -77,25 +89,6 @@ class Generation:
         return replace(request, messages=())  # its pictures are large, and need not be held twice until the answer ends
 
     async def _serve(
-        self,
-        request: GenerationRequest,
-        deadline: _Deadline,
-        report: Report,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        opened = Opened(send)
-        try:
-            await self._admitted(request, deadline, report, scope, receive, opened)
-        except Exception as error:
-            if not opened.opened:
-                raise
-            failure = _told(error, report.request_id)  # the headers of this stream went out while it waited
-            report.broke(failure)
-            await send({"type": "http.response.body", "body": Events.error(failure)})
-
-    async def _admitted(
         self,
         request: GenerationRequest,
         deadline: _Deadline,
@@ -236,7 +229,7 @@ class _Deadline:
 
 
 def _told(error: Exception, request_id: str) -> Failure:
-    """What a stream's last event says of it; what it does not say is in the log."""
+    """What the client is told; what it is not is in the log."""
     failure = failure_of(error, request_id)
     log_failure(failure, error, request_id)
     return failure

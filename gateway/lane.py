@@ -20,7 +20,7 @@ from gateway.alone import alone
 from gateway.backend import Submission
 from gateway.infer_request import request_bytes
 from gateway.lane_stream import LaneStream
-from gateway.within import within
+from gateway.silence import Silence
 from gateway.witness import Nobody, Witness
 from observability import metrics
 from pipelines import contracts, wire
@@ -174,19 +174,22 @@ class Lane:
         self._out, self._messages, self._leaving = asyncio.Queue(), 0, False
         self._open()
         call = self._infer(self._requests(self._out))
+        silence = Silence(SILENT_S, call.cancel)
         try:
-            while True:
-                response = await within(SILENT_S, call.read())
-                if response is grpc.aio.EOF:
-                    return "the lane was closed"
+            while (response := await call.read()) is not grpc.aio.EOF:
+                silence.broken()
                 self._take(response)
-        except asyncio.TimeoutError:
-            return f"no heartbeat for {SILENT_S:g} s"
+            return "the lane was closed"
+        except asyncio.CancelledError:
+            if silence.has_fallen:
+                return f"no heartbeat for {SILENT_S:g} s"
+            raise
         except grpc.aio.AioRpcError as error:
             return error.details() or str(error.code())
         except _LaneError as error:
             return str(error)
         finally:
+            silence.close()
             call.cancel()
 
     async def _requests(self, queue: asyncio.Queue[Any]) -> AsyncIterator[Any]:

@@ -52,6 +52,7 @@ class Report:
         self._first_text_at = 0.0
         self._totals: Totals | None = None
         self._failure: Failure | None = None
+        self._status = 200  # what HTTP saw: a stream that failed had sent its 200 before
         self._chat: Span = NO_SPAN
         self._heard: content.Heard | None = None
         self._server = tracing.start(
@@ -77,13 +78,9 @@ class Report:
             _mark(self._server, failure)
         else:
             status, reason = 200, ""
-        # A stream that failed had sent its 200 before, so that is what HTTP saw.
-        self._server.set(
-            {
-                "http.response.status_code": 200 if self._failure else status,
-                "error.type": reason or None,
-            }
-        )
+        if self._failure is None or gone:
+            self._status = status
+        self._server.set({"http.response.status_code": self._status, "error.type": reason or None})
         self._count(status, reason)
         self._server.end()
         if self._traces and self._server.trace_id and self._server.span_id:
@@ -98,7 +95,7 @@ class Report:
                 started_ns=self._began_ns,
                 duration_ms=(time.perf_counter() - self._began) * 1000,
             )
-            broke = status >= 500 or self._failure is not None or reason == "timeout"
+            broke = status >= 500 or self._status != status or reason == "timeout"
             self._traces.end(ended, sampled=self._server.sampled, failed=broke, cancelled=gone)
 
     def served(self, request: GenerationRequest) -> None:
@@ -142,9 +139,11 @@ class Report:
         }
         tracing.record(name, span, begun_ns, ended_ns, phases)
 
-    def broke(self, failure: Failure) -> None:
-        """A stream whose headers went out before it could begin."""
+    def failed(self, failure: Failure, *, in_stream: bool) -> None:
+        """It is answered with this, be it in a stream whose headers went out before it could begin."""
         self._failure = failure
+        if not in_stream:
+            self._status = failure.status
 
     @contextmanager
     def generation(self, request: GenerationRequest, response_id: str) -> Iterator[Span]:

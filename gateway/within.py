@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 async def within(seconds: float | None, work: Awaitable[T]) -> T:
     """What `work` answers or raises. Else it is cancelled, and has ended: asyncio.TimeoutError. None: for ever."""
+    if seconds is None:
+        return await work
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait((task,), timeout=seconds)

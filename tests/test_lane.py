@@ -165,10 +165,14 @@ class ScriptedCall:
             self.asked.append(service_pb2.ModelInferRequest.FromString(request))
 
     async def read(self) -> Any:
-        return await self.responses.get()
+        response = await self.responses.get()
+        if response is None:
+            raise asyncio.CancelledError  # as of a call that is cancelled
+        return response
 
     def cancel(self) -> None:
         self.reading.cancel()
+        self.responses.put_nowait(None)
 
     def tell(self, *events: Event) -> None:
         response = service_pb2.ModelStreamInferResponse()
@@ -243,6 +247,23 @@ def test_an_orchestrator_that_is_unloaded_ends_what_it_has(monkeypatch: pytest.M
         calls[1].tell()
         while not tested.ready:
             await asyncio.sleep(0)
+
+    with_lane(scenario, monkeypatch)
+
+
+def test_a_lane_that_falls_silent_is_lost_and_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "SILENT_S", 0.2)
+
+    async def scenario(tested: Lane, calls: list[ScriptedCall]) -> None:
+        waiting = await tested.submit(asked("a.1"))
+        for _ in range(6):  # each within its time
+            await asyncio.sleep(0.05)
+            calls[0].tell()
+        assert len(calls) == 1
+        with pytest.raises(StageError, match=r"no heartbeat for 0\.2 s"):
+            await waiting.next()
+        while len(calls) < 2:
+            await asyncio.sleep(0.01)
 
     with_lane(scenario, monkeypatch)
 

@@ -27,6 +27,13 @@ def _root():
         logger.setLevel(level)
 
 
+def test_half_a_character_is_told_too():
+    out = io.StringIO()
+    logs.configure("info", stream=out)
+    logging.getLogger("gateway.test").warning("half of it: \ud83d", extra={"status": 500})
+    assert json.loads(out.getvalue())["message"] == "half of it: \ud83d"
+
+
 def test_a_json_line_has_the_ids_and_no_other_extra():
     out = io.StringIO()
     logs.configure("info", stream=out)

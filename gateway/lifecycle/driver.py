@@ -207,6 +207,7 @@ class Lifecycle:
             raise
         finally:
             self._turns.pop(place.request, None)
+            del turn  # a refusal's traceback has this frame: with it that would be garbage for the collector, each time
             place.waited_s = time.monotonic() - place.asked
         if place.cold and (worked := self._worked.get(place.pipeline)) and worked.ended >= place.asked:
             place.worked = worked
