@@ -57,24 +57,44 @@ async def read_body(scope: Scope, receive: Receive, limit: int, setting: str, sh
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Runs `work` to its end or until the client leaves: then cancels it at once, and raises ClientGone.
 
-    In the task that it is called in: what is refused at once, of which there may be many, needs no other.
+    In the task that it is called in, and what is refused at once, of which there may be many, needs no other.
     """
-    watcher = asyncio.ensure_future(_disconnected(receive, asyncio.current_task()))
+    watcher = _Watcher(receive, asyncio.current_task())
+    soon = asyncio.get_running_loop().call_soon(watcher.begin)
     try:
         await work
     except asyncio.CancelledError:
-        if watcher.done() and not watcher.cancelled() and not watcher.exception():
+        if watcher.has_seen_it_leave:
             raise ClientGone from None
         raise
     finally:
-        watcher.cancel()
+        soon.cancel()
+        watcher.end()
 
 
-async def _disconnected(receive: Receive, worker: asyncio.Task[Any] | None) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    if worker:
-        worker.cancel()
+class _Watcher:
+    """Cancels the worker when the client leaves."""
+
+    def __init__(self, receive: Receive, worker: asyncio.Task[Any] | None) -> None:
+        self.has_seen_it_leave = False
+        self._receive = receive
+        self._worker = worker
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self._task = asyncio.create_task(self._watch())
+
+    def end(self) -> None:
+        if self._task:
+            self._task.cancel()
+            self._task = None  # its end holds this, which would be garbage for the collector
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.has_seen_it_leave = True
+        if self._worker:
+            self._worker.cancel()
 
 
 def too_large(what: str, limit: int, setting: str) -> ApiError:
