@@ -24,6 +24,8 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import Decoder
 
+from pipelines.vocabulary import Vocabulary, letter_bytes
+
 # What an id stands for: text; bytes that need their neighbours; or nothing (a special or unknown token).
 Entry = str | bytes | None
 
@@ -78,19 +80,19 @@ class Detokenizer:
     stream: Callable[[bool], Stream]  # told whether the answer has started before the ids to be pushed
 
 
-def load(tokenizer: Tokenizer, keep: Collection[str] = ()) -> Detokenizer:
-    """The detokenizer that equals `tokenizer.decode(ids, skip_special_tokens=True)`; of `keep` it skips nothing."""
-    state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else None
-    steps = _steps(state)
+def load(vocabulary: Vocabulary, keep: Collection[str] = ()) -> Detokenizer:
+    """What equals its tokenizer's `decode(ids, skip_special_tokens=True)`; of `keep` it skips nothing."""
+    decoder = vocabulary.decoder
+    steps = _steps(json.loads(decoder.__getstate__()) if decoder is not None else None)
     kinds = [step["type"] for step in steps]
-    token = _visible(tokenizer, keep)
+    token = _visible(vocabulary, keep)
     if kinds == ["ByteLevel"]:
         return _lossy(token)
     if (runs := _runs(steps, token)) is not None:
         return runs
     if kinds in ([], ["Metaspace"], ["WordPiece"]):
-        return _first(tokenizer.decoder, token)
-    return _whole(tokenizer, token)
+        return _first(decoder, token)
+    return _whole(vocabulary.tokenizer, token)
 
 
 def _data(entry: Entry) -> bytes | None:
@@ -105,24 +107,15 @@ def _steps(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [state]
 
 
-def _visible(tokenizer: Tokenizer, keep: Collection[str]) -> Callable[[int], str | None]:
+def _visible(vocabulary: Vocabulary, keep: Collection[str]) -> Callable[[int], str | None]:
     """The token of an id, or None if `decode` skips it: by its content, as the Rust implementation does."""
-    special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
-    special.difference_update(keep)
+    special = vocabulary.special.difference(keep)
 
     def token(token_id: int) -> str | None:
-        content: str | None = tokenizer.id_to_token(token_id)
+        content = vocabulary.token(token_id)
         return None if content in special else content
 
     return token
-
-
-def letter_bytes() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, the wrong way round (openai/gpt-2, `bytes_to_unicode`)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _lossy(token: Callable[[int], str | None]) -> Detokenizer:

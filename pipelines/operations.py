@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from tokenizers import Tokenizer
 
 from pipelines import contracts, wire
 from pipelines.answer.formats import AnswerFormat
@@ -31,6 +30,7 @@ from pipelines.pipeline import Pipeline, cache_dir
 from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
 from pipelines.terms import Terms
+from pipelines.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pipelines.engine.flat import Sample
@@ -46,8 +46,8 @@ def load(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = None) ->
 
     `compiled`: None takes compiled steps once there are some; True waits for them, and False does without.
     """
-    tokenizer = Tokenizer.from_file(str(pipeline.home / "tokenizer.json"))
-    stop_checker = Postprocess.of(tokenizer, AnswerFormat.load(pipeline.home).marks).stop_checker
+    vocabulary = Vocabulary.load(pipeline.home)
+    stop_checker = Postprocess(vocabulary, AnswerFormat.load(pipeline.home).marks).stop_checker
     room = Gate(pipeline.image_memory_mb << 20)
     if pipeline.engine in ("echo", "query"):  # neither can be held to a structure
         engine = load_engine(pipeline, phases)
@@ -56,7 +56,7 @@ def load(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = None) ->
 
     # Before the weights, so that it is read for them while those are.
     eos_ids = read_limits(pipeline.home).eos_ids
-    constraints = Constraints(pipeline.home / "tokenizer.json", eos_ids, tokenizer=tokenizer)
+    constraints = Constraints(vocabulary, eos_ids)
     engine = load_engine(pipeline, phases, compiled=compiled)
     return Generate(engine, stop_checker=stop_checker, constraint=constraints, room=room, phases_s=phases.seconds)
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from pipelines import detokenizer, logprobs
 from pipelines.answer.formats import AnswerFormat
 from pipelines.chat import Text, Window, finish_reason_of
-from pipelines.detokenizer import Detokenizer
+from pipelines.vocabulary import Vocabulary
 
 # A flag in `sent`: the window does not begin where the answer does. Some tokenizers spell the first token
 # otherwise (Llama 2 strips a leading space), and without the flag a window would have to carry a token only
@@ -45,19 +45,20 @@ class Delta(NamedTuple):
 
 
 class Postprocess:
-    def __init__(self, detok: Detokenizer, name: Callable[[int], str | None]) -> None:
-        self._detok = detok
-        self._entry = detok.table.__getitem__
-        self._name = name
+    def __init__(self, vocabulary: Vocabulary, keep: Collection[str] = ()) -> None:
+        """`keep`: special tokens that are text, because they mark calls."""
+        self._detok = detokenizer.load(vocabulary, keep)
+        self._entry = self._detok.table.__getitem__
+        self._name = vocabulary.token
 
     @classmethod
     def load(cls, home: Path) -> Postprocess:
-        return cls.of(Tokenizer.from_file(str(home / "tokenizer.json")), AnswerFormat.load(home).marks)
+        return cls(Vocabulary.load(home), AnswerFormat.load(home).marks)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, keep: Collection[str] = ()) -> Postprocess:
-        """From a tokenizer that is loaded already. `keep`: special tokens that are text, because they mark calls."""
-        return cls(detokenizer.load(tokenizer, keep), tokenizer.id_to_token)
+        """From a tokenizer that is loaded already."""
+        return cls(Vocabulary.of(tokenizer), keep)
 
     def text(self, window: Window, *, per_token: bool) -> Text:
         """What one request's window releases, as one text or, `per_token`, one for each new id."""

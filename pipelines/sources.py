@@ -15,11 +15,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pipelines import vocabulary
 from pipelines.fetch import (
     ANOTHER_DISK,
     BLOCK,
@@ -90,6 +91,8 @@ def _pull(pipeline: Pipeline, progress: Progress) -> None:
         progress.update("preparing", 0, 0)
         _prepare(pipeline, folder)
         _write_manifest(pipeline, folder, digests)
+        with suppress(Exception):  # a tokenizer that cannot be read is refused by whoever loads it, who says why
+            vocabulary.write(folder)
         shutil.rmtree(home, ignore_errors=True)  # incomplete, or is_pulled would have said so
         folder.rename(home)
     finally:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pipelines.detokenizer import REPLACEMENT, letter_bytes
+from pipelines.detokenizer import REPLACEMENT
+from pipelines.vocabulary import letter_bytes
 
 _PROBE = "a  b\té\u0301\r\n日本 😀<|x|> "
 _LONGEST = 16  # of a word that is waited for: where words have no spaces between them, they would have no end

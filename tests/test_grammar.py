@@ -22,6 +22,7 @@ from pipelines.preprocess import Preprocess
 from pipelines.sampling import Sampling
 from pipelines.structure import Structure
 from pipelines.trial import check
+from pipelines.vocabulary import Vocabulary
 
 PERSON = {
     "type": "object",
@@ -86,7 +87,7 @@ def smollm2(smollm2_home):
     """The real model, its tokenizer, and what follows structures for it."""
     model, limits = load(smollm2_home)
     tokenizer = Tokenizer.from_file(str(smollm2_home / "tokenizer.json"))
-    return model, limits, tokenizer, Constraints(smollm2_home / "tokenizer.json", limits.eos_ids)
+    return model, limits, tokenizer, Constraints(Vocabulary.load(smollm2_home), limits.eos_ids)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_whatever_is_chosen_follows_the_schema(smollm2, random, schema):
 
 
 def test_all_end_ids_end(smollm2, smollm2_home):
-    constraint = Constraints(smollm2_home / "tokenizer.json", [0, 2, 10**6])(Structure("regex", "a+"))
+    constraint = Constraints(Vocabulary.load(smollm2_home), [0, 2, 10**6])(Structure("regex", "a+"))
     constraint.accept(smollm2[2].token_to_id("a"))
     bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
     assert bits[[0, 2]].all()
@@ -208,7 +209,7 @@ def test_all_end_ids_end(smollm2, smollm2_home):
 
 def test_a_model_without_an_end_id_ends_where_nothing_may_follow(smollm2, smollm2_home):
     tokenizer = smollm2[2]
-    constraint = Constraints(smollm2_home / "tokenizer.json", [])(Structure("regex", "a|ab"))
+    constraint = Constraints(Vocabulary.load(smollm2_home), [])(Structure("regex", "a|ab"))
     constraint.accept(tokenizer.token_to_id("a"))
     bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
     assert np.flatnonzero(bits).tolist() == [tokenizer.token_to_id("b")]

