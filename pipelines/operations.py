@@ -55,8 +55,7 @@ def load(pipeline: Pipeline, phases: Phases, *, compiled: bool | None = None) ->
     from pipelines.constraint import Constraints
 
     # Before the weights, so that it is read for them while those are.
-    eos_ids = read_limits(pipeline.home).eos_ids
-    constraints = Constraints(vocabulary, eos_ids)
+    constraints = Constraints(vocabulary, read_limits(pipeline.home).eos_ids)
     engine = load_engine(pipeline, phases, compiled=compiled)
     return Generate(engine, stop_checker=stop_checker, constraint=constraints, room=room, phases_s=phases.seconds)
 

@@ -116,8 +116,9 @@ class Vocabulary:
                 return (token or "").encode()
             if byte_level:
                 return bytes(letters[letter] for letter in token)
-            byte = _BYTE.fullmatch(token)
-            return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+            if token.startswith("<0x") and (byte := _BYTE.fullmatch(token)):
+                return bytes([int(byte[1], 16)])
+            return token.replace("\u2581", " ").encode()
 
         return [one(token_id, token) for token_id, token in enumerate(self.tokens)]
 

@@ -50,7 +50,7 @@ def _token_id(home: Path, settings: dict[str, Any], token: str) -> int | None:
     if not file.exists():
         return None
     if kept := Vocabulary.kept(home):
-        return kept.ids.get(token)
+        return kept.tokens.index(token) if token in kept.tokens else None
     text = file.read_text(encoding="utf-8")
     if listed := re.search(r'"added_tokens":\s*(?=\[)', text):  # the list alone: the vocabulary is long
         for added in json.JSONDecoder().raw_decode(text, listed.end())[0]:
