@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 _MAGIC = b"triptych"
 _HEAD = struct.Struct("<8sQQQ")  # magic, and the bytes of: what is told, the pickle, the weights
 _ALIGNED = 64  # a cache line: what kernels ask of their tensors
-# Threads hide that memory is new (a page is zeroed when it is touched), and must stay near one another: what they read in
-# large parts is no sequence to the kernel, which then reads ahead little. In parts of 16 MB it was 0.42 of a plain read.
+# Threads hide that memory is new (a page is zeroed when it is touched). They must stay near one another: what they read
+# in large parts is no sequence to the kernel, which reads ahead little then. In parts of 16 MB: 0.42 of a plain read.
 _PART = 1 << 20
 _THREADS = 3
 _KERNELS = "kernels"
