@@ -39,6 +39,7 @@ _MODULES = (
     "pipelines.preprocess",
     "pipelines.sender",
     "pipelines.constraint",
+    "pipelines.merges",
     "jinja2.ext",
     "jinja2.meta",
     "jinja2.sandbox",

@@ -101,6 +101,13 @@ def prefixed() -> Tokenizer:
     return tokenizer
 
 
+def composing() -> Tokenizer:
+    """As Qwen's: a character that is written in two is spelt as the one that it is."""
+    tokenizer = bpe()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
 def words() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "c": 3}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
@@ -116,6 +123,24 @@ def test_a_small_one_is_spelt_here(tmp_path: Path) -> None:
     assert {plain.token(int(i)) for i in np.flatnonzero(bits)} == {"a", "b", "ab", "abc", "<0x61>", "<0x62>"}
     follows.accept(plain.ids["b"])
     assert follows.complete
+
+
+def test_one_that_composes_characters_is_spelt_here_too(tmp_path: Path) -> None:
+    plain = Vocabulary.load(saved(tmp_path, composing()))
+    assert plain.merges is not None
+    assert plain.spelt("ab e\u0301") == composing().encode("ab \u00e9").ids
+
+
+def test_one_that_is_nothing_without_its_tokens_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(plain: object) -> None:
+        raise Exception("missing field `vocab`")
+
+    monkeypatch.setattr(vocabulary, "_skeleton", refuse)
+    plain = Vocabulary.load(saved(tmp_path, bpe()))
+    assert (plain.token(263), plain.merges) == ("abc", None)
+    assert "without its tokens it cannot be read: missing field `vocab`" in caplog.text
 
 
 @pytest.mark.parametrize("tokenizer", [prefixed(), words(), bpe(dropout=0.5)], ids=["prefixed", "words", "dropout"])
