@@ -175,6 +175,9 @@ class LossyStream:
         data = self._tail + entry
         text, consumed = codecs.utf_8_decode(data, "replace", False)
         self._tail = data[consumed:]
+        # Python waits for the last byte of half a surrogate pair, which is no character whatever that is.
+        if self._tail[:1] == b"\xed" and self._tail[1:2] >= b"\xa0":
+            text += self.flush()
         if len(self._tail) <= len(entry):
             self._ids, self._before = 1, entry[: len(entry) - len(self._tail)]
         return text
