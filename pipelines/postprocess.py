@@ -16,8 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
 from pipelines import detokenizer, logprobs
 from pipelines.answer.formats import AnswerFormat
 from pipelines.chat import Text, Window, finish_reason_of
@@ -54,11 +52,6 @@ class Postprocess:
     @classmethod
     def load(cls, home: Path) -> Postprocess:
         return cls(Vocabulary.load(home), AnswerFormat.load(home).marks)
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, keep: Collection[str] = ()) -> Postprocess:
-        """From a tokenizer that is loaded already."""
-        return cls(Vocabulary.of(tokenizer), keep)
 
     def text(self, window: Window, *, per_token: bool) -> Text:
         """What one request's window releases, as one text or, `per_token`, one for each new id."""

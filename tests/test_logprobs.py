@@ -13,6 +13,7 @@ from pipelines.chat import Text, Window
 from pipelines.engine import Logprob
 from pipelines.logprobs import Entry, likelihood, spelling
 from pipelines.postprocess import Postprocess
+from pipelines.vocabulary import Vocabulary
 from tests.test_postprocess import (
     EXAMPLES,
     SYNTHETIC,
@@ -122,7 +123,7 @@ def test_an_entry_is_not_later_than_the_end_of_its_text(subject: Subject, data: 
 def test_a_space_written_as_a_byte_is_cut_from_the_start_as_any_other() -> None:
     """`Strip` takes it from the text, so it is none of its entry's bytes: found by the test above."""
     tokenizer = SYNTHETIC["llama"]()
-    texts = told(Postprocess.of(tokenizer), [[tokenizer.token_to_id("<0x20>"), tokenizer.token_to_id("a")]])
+    texts = told(Postprocess(Vocabulary.of(tokenizer)), [[tokenizer.token_to_id("<0x20>"), tokenizer.token_to_id("a")]])
     assert joined(texts) == "a"
     assert [entry.bytes for entry in flat(texts)] == [[], [97]]
 
@@ -148,7 +149,7 @@ def test_half_a_character_has_its_bytes(smollm2_bytes: tuple[Postprocess, dict[i
 def test_a_character_in_byte_tokens() -> None:
     tokenizer = SYNTHETIC["llama"]()
     ids = [tokenizer.token_to_id(token) for token in ("▁Hello", "<0xC3>", "<0xA9>", "▁wor", "</s>")]
-    text = one(Postprocess.of(tokenizer), ids)
+    text = one(Postprocess(Vocabulary.of(tokenizer)), ids)
     assert text.texts == ["Helloé wor"]
     assert [entry.token for entry in flat([text])] == ["Hello", "\\xc3", "\\xa9", " wor"]
     assert text.told == 5
@@ -158,7 +159,7 @@ def test_a_stop_string_inside_a_run_of_byte_tokens() -> None:
     """The tokens of the characters before it are shown, the one that it begins in is not."""
     tokenizer = SYNTHETIC["llama"]()
     ids = [tokenizer.token_to_id(token) for token in ("a", "<0xC3>", "<0xA9>", "<0xC3>", "<0xA8>", "b")]
-    text = one(Postprocess.of(tokenizer), ids, stop=["è"])
+    text = one(Postprocess(Vocabulary.of(tokenizer)), ids, stop=["è"])
     assert (text.texts, text.stopped) == (["aé"], True)
     assert [entry.token for entry in flat([text])] == ["a", "\\xc3", "\\xa9"]
     assert text.told == 6
@@ -168,7 +169,7 @@ def test_a_special_token_is_named_among_the_likeliest(smollm2_home) -> None:  # 
     tokenizer = Tokenizer.from_file(str(smollm2_home / "tokenizer.json"))
     end, word = tokenizer.token_to_id("<|im_end|>"), tokenizer.encode("Hello", add_special_tokens=False).ids[0]
     logprobs = [Logprob(word, -0.5, [(word, -0.5), (end, -1.5), (10**6, -9.0)]), Logprob(end, -0.1, [])]
-    text = Postprocess.of(tokenizer).text(Window([word, end], 2, 0, [], True, logprobs), per_token=False)
+    text = Postprocess(Vocabulary.of(tokenizer)).text(Window([word, end], 2, 0, [], True, logprobs), per_token=False)
     assert flat([text]) == [
         Entry(
             "Hello",

@@ -26,6 +26,7 @@ from pipelines.postprocess import Postprocess
 from pipelines.sampling import Sampling
 from pipelines.spelling import Spelling
 from pipelines.structure import Structure
+from pipelines.vocabulary import Vocabulary
 from tests import stand_in
 
 LIMITS = Limits(context=2048, eos_ids=frozenset())
@@ -264,7 +265,9 @@ def test_max_tokens_is_counted_in_ids(model, engine):
     engine.submit(asked("a", image=picture(), sampling=Sampling(max_tokens=7, temperature=0)))
     tokens, last = drain(engine)
     assert (len(tokens["a"]), last["a"].finish_reason) == (7, "length")
-    assert Postprocess.of(stand_in.tokenizer()).full(tokens["a"]).rstrip("�") in wanted(model, image=picture())
+    assert Postprocess(Vocabulary.of(stand_in.tokenizer())).full(tokens["a"]).rstrip("�") in wanted(
+        model, image=picture()
+    )
 
 
 def test_a_model_that_counts_otherwise_is_cut_all_the_same():
@@ -295,7 +298,7 @@ def test_draws_follow_the_seed(engine):
 def test_a_stop_string_ends_it(model, engine):
     full = wanted(model, image=picture())
     stop = full[len(full) // 2 : len(full) // 2 + 3]
-    post = Postprocess.of(stand_in.tokenizer())
+    post = Postprocess(Vocabulary.of(stand_in.tokenizer()))
     engine.submit(asked("a", image=picture(), stops_at=post.stop_checker((stop,))))
     tokens, last = drain(engine)
     assert last["a"].finish_reason == "stop"

@@ -13,6 +13,7 @@ from pipelines.errors import StageError
 from pipelines.images.raw import RawProcessor, question
 from pipelines.postprocess import Postprocess
 from pipelines.spelling import Spelled, Spelling
+from pipelines.vocabulary import Vocabulary
 from tests import stand_in
 from tests.stand_in import END
 
@@ -34,7 +35,7 @@ PIECES = st.lists(
 def test_spelling_gives_the_text_again(pieces):
     spelled = Spelled(SPELLING)
     ids = [number for piece in pieces for number in spelled.push(piece)] + spelled.finish()
-    post = Postprocess.of(stand_in.tokenizer())
+    post = Postprocess(Vocabulary.of(stand_in.tokenizer()))
     assert post.full(ids) == SPELLING.text(ids) == "".join(pieces)
     assert SPELLING.text(SPELLING.ids("".join(pieces))) == "".join(pieces)
 
