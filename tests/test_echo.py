@@ -133,6 +133,25 @@ def test_a_pace_gives_what_is_due_and_says_how_long_to_wait():
     assert driven.idle_s == 0
 
 
+def test_with_a_pace_a_step_is_for_all_and_whoever_comes_meanwhile_takes_part_in_the_next():
+    clock = Clock()
+    driven = engine(tokens_per_s=10, clock=clock)
+    driven.submit(Request("a", [5, 6], Sampling(max_tokens=20)))
+    driven.step()
+    clock.now += 0.04
+    driven.submit(Request("b", [7, 8], Sampling(max_tokens=20)))
+    assert driven.step() == []
+    assert driven.idle_s == pytest.approx(0.06)
+    clock.now += 0.06
+    assert driven.step() == [Output("a", [6]), Output("b", [7])]
+    clock.now += 0.25  # late by two steps, in which the third was not there
+    driven.submit(Request("c", [9], Sampling(max_tokens=20)))
+    assert driven.step() == [Output("a", [5, 6]), Output("b", [8, 7])]
+    clock.now += 0.05
+    assert driven.step() == [Output("a", [5]), Output("b", [8]), Output("c", [9])]
+    assert driven.counters.steps == 4
+
+
 def test_the_pace_can_be_changed_while_it_runs():
     clock = Clock()
     driven = engine(tokens_per_s=1, clock=clock)

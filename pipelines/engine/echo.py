@@ -16,7 +16,6 @@ from pipelines.engine import Counters, Limits, Logprob, Output, Request
 from pipelines.sampling import Sampling
 
 _IMPOSSIBLE = ("response_format", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_TICK_S = 0.001  # with a pace, how often it looks at most: a thousand streams must not mean a step per token
 
 
 class _Stream:
@@ -24,7 +23,7 @@ class _Stream:
 
     __slots__ = ("due_at", "ending", "id", "impossible", "left", "plain", "stops_at", "tokens", "top", "wants_logprobs")
 
-    def __init__(self, request: Request, limits: Limits, now: float) -> None:
+    def __init__(self, request: Request, limits: Limits, due_at: float) -> None:
         prompt, sampling = request.input_ids, request.sampling
         room = max(0, limits.context - len(prompt))
         wanted = sampling.max_tokens
@@ -43,7 +42,7 @@ class _Stream:
         self.wants_logprobs, self.top = sampling.logprobs, min(1, sampling.top_logprobs)
         self.impossible = _impossible(sampling)
         self.plain = not (self.stops_at or self.wants_logprobs or self.impossible)
-        self.due_at = now
+        self.due_at = due_at
 
     def take(self, count: int) -> Output:
         """The next `count` tokens, or as many as there are before an end."""
@@ -88,7 +87,8 @@ class EchoEngine:
     """Repeats the prompt once, or until max_tokens.
 
     `tokens_per_s` is per stream and may be changed at any time; 0 is no pace: every step gives every running
-    request one token.
+    request one token. With a pace it does so too, so many times a second, as an engine does whose steps take that
+    long: whoever comes meanwhile takes part in the next one.
     """
 
     can_park = True  # it has nothing to let go of
@@ -113,7 +113,6 @@ class EchoEngine:
         self._cancelled: set[str] = set()
         self._deadlines: dict[str, float] = {}
         self._in_flight: set[str] = set()
-        self._looked_at = float("-inf")
 
     def submit(self, request: Request) -> None:
         if request.id in self._in_flight:
@@ -138,22 +137,21 @@ class EchoEngine:
 
     @property
     def idle_s(self) -> float:
-        """Until the next token is due, in ticks; a cancel or a request to admit is due at once."""
+        """Until the next token is due; a cancel or a request to admit is due at once."""
         if not self.tokens_per_s or not self._running or self._cancelled:
             return 0.0
         if self._waiting and len(self._running) < self.max_running:
             return 0.0
-        soonest = min(stream.due_at for stream in self._running)
-        due = min([max(soonest, self._looked_at + _TICK_S), *self._deadlines.values()])
-        return max(0.0, due - self._clock())
+        return max(0.0, min([self._running[0].due_at, *self._deadlines.values()]) - self._clock())
 
     def step(self) -> list[Output]:
         """Admit, then one token for each running request, or with a pace all that are due by now."""
         began_ns = time.perf_counter_ns()
         outputs = self._leave() if self._cancelled or self._deadlines else []
+        now = self._clock()
         if self._waiting:
-            self._admit()
-        given = self._paced() if self.tokens_per_s else [stream.take(1) for stream in self._running]
+            self._admit(now)
+        given = self._paced(now) if self.tokens_per_s else [stream.take(1) for stream in self._running]
         if given:
             self.counters.steps += 1
             self.counters.output_tokens += sum([len(output.token_ids) for output in given])
@@ -162,23 +160,26 @@ class EchoEngine:
             self.counters.step_ns += time.perf_counter_ns() - began_ns
         return outputs + given if outputs else given
 
-    def _paced(self) -> list[Output]:
+    def _paced(self, now: float) -> list[Output]:
         """What is due by now; after a delay that is several tokens at once."""
-        now, pace = self._clock(), self.tokens_per_s
-        self._looked_at = now
         given = []
         for stream in self._running:
-            if stream.due_at <= now:
-                count = int((now - stream.due_at) * pace) + 1
-                stream.due_at += count / pace
+            if count := self._due(stream, now):
+                stream.due_at += count / self.tokens_per_s
                 given.append(stream.take(count))
         return given
 
-    def _admit(self) -> None:
-        now = self._clock()
+    def _due(self, stream: _Stream, now: float) -> int:
+        return int((now - stream.due_at) * self.tokens_per_s) + 1 if stream.due_at <= now else 0
+
+    def _admit(self, now: float) -> None:
+        due_at = now
+        if self._running and self.tokens_per_s:
+            first = self._running[0]
+            due_at = first.due_at + self._due(first, now) / self.tokens_per_s
         while self._waiting and len(self._running) < self.max_running:
             _, _, request = heapq.heappop(self._waiting)
-            self._running.append(_Stream(request, self.limits, now))
+            self._running.append(_Stream(request, self.limits, due_at))
             self.counters.prompt_tokens += len(request.input_ids)
         self._count()
 
