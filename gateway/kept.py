@@ -35,7 +35,7 @@ class Kept:
             self.traces = Traces(ring, tracing.export, slow_ms=settings.trace_slow_ms)
             if not settings.tritons:
                 self._receive(given, int(settings.triton_grpc.rpartition(":")[2]))
-        tracing.configure("triptych-gateway", self.traces.collect if self.traces else None)
+        tracing.configure("triptych-gateway", self.traces.take if self.traces else None)
 
     def close(self) -> None:
         if self._receiver:

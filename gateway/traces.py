@@ -22,6 +22,7 @@ from gateway.access import may_administer
 from gateway.errors import ApiError
 from gateway.state import state_of
 from observability import spans
+from observability.encoded import decode
 from observability.keeping import Traces
 from observability.ring import Ended
 
@@ -49,7 +50,7 @@ async def get_trace(request: Request) -> Response:
     held = traces.of_request(ended) if ended and id != ended.trace_id else traces.ring.spans(id)
     if not held:
         raise _no_trace(id)
-    return _json(spans.document((span.service, span.encoded) for span in held))
+    return _json(spans.document(decode(span.encoded, span.service) for span in held))
 
 
 async def get_usual(request: Request) -> Response:
@@ -70,7 +71,7 @@ async def get_recording(request: Request) -> Response:
     ended = _find(traces, id)
     if ended is None:
         raise _no_trace(id)
-    told = [spans.decode(held.encoded, held.service) for held in traces.of_request(ended)]
+    told = [decode(held.encoded, held.service) for held in traces.of_request(ended)]
     above = next((span.span_id for span in told if span.kind == "client"), "")  # the stages' spans are below it
     file = await state["backend"].recording(ended.pipeline, f"{ended.trace_id}-{above}") if above else b""
     if not file:

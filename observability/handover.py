@@ -1,5 +1,8 @@
 """How the stages' spans reach the process that keeps them: datagrams on a Unix socket, each a batch of encoded spans.
 
+A datagram is a service's name, a line's end, and its spans: each `1` if it is sampled, else `0`, four bytes of how long
+it is, and itself.
+
 A datagram needs no connection: its sender does not notice that the receiver has started anew, and what is sent while
 there is none is dropped and counted. Nobody who ends a span waits: a thread sends. Knows nothing of what spans say.
 """
@@ -11,84 +14,65 @@ import logging
 import os
 import socket
 import stat
+import struct
 import tempfile
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from observability.spans import SpanData, encode, trace_id_of
+from observability.batches import Batches
+from observability.encoded import trace_id_of
 
 log = logging.getLogger(__name__)
 
-Take = Callable[[str, str, bool, bytes], None]  # trace id, service, sampled, encoded
+Take = Callable[[str, str, bool, bytes], object]  # trace id, service, sampled, encoded
 
 _BATCH_BYTES = 60_000  # far below what a socket's buffer holds by default
 _GATHER_S = 0.02  # spans of a request end together: one datagram, and few wake-ups
 _SEND_S = 1.0  # for a receiver that does not keep up
-_MOST_WAITING = 4096
+_MOST, _MOST_WAITING = 128, 4096
 _MOST_BYTES = 1024 * 1024
+_HEAD = struct.Struct(">cI")  # of a span: whether it is sampled, and how long it is
 
 
 class Sender:
-    """`send` from any thread. Its thread starts with the first span, and again in a forked child."""
+    """`send` from any thread."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._waiting: deque[SpanData] = deque()
-        self._arrived = threading.Event()
-        self._start = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._pid = 0
-        self._closing = False
-        self.dropped = 0
+        self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._out.settimeout(_SEND_S)
+        self._lost = 0
+        self._batches: Batches[tuple[str, bool, bytes]] = Batches(
+            "trace-sender", self._send, gather_s=_GATHER_S, most=_MOST, most_waiting=_MOST_WAITING
+        )
 
-    def send(self, span: SpanData) -> None:
-        if len(self._waiting) >= _MOST_WAITING:
-            self.dropped += 1
-            return
-        self._waiting.append(span)
-        if self._pid != os.getpid():
-            self._begin()
-        if not self._arrived.is_set():
-            self._arrived.set()
+    @property
+    def dropped(self) -> int:
+        return self._batches.dropped + self._lost
+
+    def send(self, trace_id: str, service: str, sampled: bool, encoded: bytes) -> None:
+        self._batches.put((service, sampled, encoded))
 
     def close(self) -> None:
         """Sends what waits, if the receiver takes it."""
-        self._closing = True
-        self._arrived.set()
-        if self._thread and self._pid == os.getpid():
-            self._thread.join()
+        self._batches.close()
+        self._out.close()
 
-    def _begin(self) -> None:
-        with self._start:
-            if self._pid != os.getpid() and not self._closing:
-                self._pid = os.getpid()
-                self._thread = threading.Thread(target=self._run, name="trace-sender", daemon=True)
-                self._thread.start()
-
-    def _run(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.settimeout(_SEND_S)
-            while not (self._closing and not self._waiting):
-                self._arrived.wait()
-                if not self._closing:
-                    time.sleep(_GATHER_S)
-                self._arrived.clear()
-                while self._waiting:
-                    self._send_batch(out)
-
-    def _send_batch(self, out: socket.socket) -> None:
-        service, lines, size = self._waiting[0].service, [], 0
-        while self._waiting and size < _BATCH_BYTES // 2 and self._waiting[0].service == service:
-            span = self._waiting.popleft()
-            lines.append((b"1" if span.sampled else b"0") + encode(span))
-            size += len(lines[-1])
-        try:
-            out.sendto(b"\n".join([service.encode(), *lines]), self._path)
-        except OSError:  # nobody receives, or does not keep up, or one span is too large
-            self.dropped += len(lines)
+    def _send(self, batch: list[tuple[str, bool, bytes]]) -> None:
+        while batch:
+            service, size, count = batch[0][0], 0, 0
+            parts: list[bytes] = []
+            for name, sampled, encoded in batch:
+                if name != service or size >= _BATCH_BYTES // 2:
+                    break
+                parts += (_HEAD.pack(b"1" if sampled else b"0", len(encoded)), encoded)
+                size, count = size + len(encoded), count + 1
+            del batch[:count]
+            try:
+                self._out.sendto(b"".join([service.encode(), b"\n", *parts]), self._path)
+            except OSError:  # nobody receives, or does not keep up, or one span is too large
+                self._lost += count
 
 
 class Receiver:
@@ -129,16 +113,25 @@ class Receiver:
                 return
             if not datagram:
                 continue
-            service, *lines = datagram.split(b"\n")
-            for line in lines:
-                trace_id = trace_id_of(line[1:])
+            service, end, _ = datagram.partition(b"\n")
+            for sampled, encoded in _spans(datagram, len(service) + len(end)):
+                trace_id = trace_id_of(encoded)
                 if trace_id is None:
                     self.unreadable += 1
                     continue
                 try:
-                    self._take(trace_id, service.decode(errors="replace"), line[:1] == b"1", line[1:])
+                    self._take(trace_id, service.decode(errors="replace"), sampled, encoded)
                 except Exception:  # one bad span is not the end of all others'
                     log.exception("a span could not be kept")
+
+
+def _spans(datagram: bytes, at: int) -> Iterator[tuple[bool, bytes]]:
+    """Those of a datagram from there on; of one that is cut off, nothing."""
+    while len(datagram) - at >= _HEAD.size:
+        sampled, size = _HEAD.unpack_from(datagram, at)
+        at += _HEAD.size
+        yield sampled == b"1", datagram[at : at + size] if at + size <= len(datagram) else b""
+        at += size
 
 
 def socket_path(kind: str, port: int) -> str:

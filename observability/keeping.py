@@ -1,6 +1,7 @@
 """Which traces are exported for how they ended, and what is usual: the ring, and who judges what goes into it.
 
-Knows no HTTP and no exporter: `export` is given a span of a trace that was not sampled and is wanted after all.
+Knows no HTTP and no exporter: `export` is given a service and an encoded span of its, of a trace that was not sampled
+and is wanted after all.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from observability.encoded import decode, encode
 from observability.ring import Ended, Held, Ring
-from observability.spans import SpanData, decode, encode
+from observability.spans import SpanData
 
 # What a request passes through, in the order in which it does: names of spans, and of times in Server-Timing.
 STAGES = ("admission", "preprocess", "queue", "prefill", "decode", "postprocess")
@@ -50,30 +52,27 @@ class Durations:
 class Traces:
     """All requests' traces: kept in the ring; of those that ended badly every span goes to `export` too."""
 
-    def __init__(self, ring: Ring, export: Callable[[SpanData], None], *, slow_ms: float = 0) -> None:
+    def __init__(self, ring: Ring, export: Callable[[str, bytes], object], *, slow_ms: float = 0) -> None:
         self.ring = ring
         self._export = export
         self._slow_ms = slow_ms or math.inf
         self._lock = threading.Lock()
         self._durations: dict[str, Durations] = {}
 
-    def collect(self, span: SpanData) -> None:
-        """A span of this process."""
-        self.take(span.trace_id, span.service, span.sampled, encode(span))
-
     def take(self, trace_id: str, service: str, sampled: bool, encoded: bytes) -> None:
         """A span of any process. Those that are sampled are exported by the process that ended them."""
         held = Held(service, sampled, encoded)
         if self.ring.add(trace_id, held) and not sampled:
-            self._export(decode(encoded, service))
+            self._export(service, encoded)
 
     def adopt(self, span: SpanData) -> None:
         """A span of a process that exports none itself, and does not know what is sampled: it is if others of its trace
         are, which may be known only when the request ends."""
         sampled = any(held.sampled for held in self.ring.spans(span.trace_id))
+        encoded = encode(replace(span, sampled=sampled))
         if sampled:
-            self._export(span)
-        self.take(span.trace_id, span.service, sampled, encode(replace(span, sampled=sampled)))
+            self._export(span.service, encoded)
+        self.take(span.trace_id, span.service, sampled, encoded)
 
     def end(self, request: Ended, *, sampled: bool, failed: bool, cancelled: bool) -> Ended:
         """A request has ended; answers it with why its trace is kept."""
@@ -84,7 +83,7 @@ class Traces:
         if request.kept:
             for held in self.ring.claim(request.trace_id):
                 if not held.sampled:
-                    self._export(decode(held.encoded, held.service))
+                    self._export(held.service, held.encoded)
         return request
 
     def _is_slow(self, request: Ended, *, good: bool) -> bool:

@@ -1,132 +1,105 @@
-"""The OpenTelemetry SDK's exporters behind `observability.tracing`, which imports this file only to export.
+"""Exports encoded spans in the background. Imported by `observability.tracing` only where there is an endpoint.
 
-Reads the OTEL_* variables that the SDK leaves to its user. What it cannot do is a RuntimeError with a remedy.
+Not by the SDK's exporter: it is given its own spans, which it encodes when they are sent, and that took ten times as
+long as `observability.encoded`, in every process, under the GIL. Its names of variables are kept, and its resource.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
+import logging
 import os
+import random
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 
-from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, Status, StatusCode
 
-from observability.spans import SCOPE, SpanData
+from observability.batches import Batches
+from observability.collector import NotTaken, collector, option
+from observability.encoded import export_request
+
+log = logging.getLogger(__name__)
 
 SCHEDULE_DELAY_MS = 500  # the SDK's 5 s would let a trace appear in the UI long after its request
-_KINDS = {
-    "internal": trace.SpanKind.INTERNAL,
-    "server": trace.SpanKind.SERVER,
-    "client": trace.SpanKind.CLIENT,
-}
-_SAMPLED = trace.TraceFlags(trace.TraceFlags.SAMPLED)
-_UNSET = Status()
+_TIMEOUT_S = 10  # of a batch, with all its tries
+_FIRST_PAUSE_S = 1.0
 
 
 class Exporter:
-    """Exports spans in the background: the SDK's batches and protocols, without its tracer."""
+    """Spans go out in batches; those of one that is not taken are counted, and are lost."""
 
     def __init__(self) -> None:
-        self._exporter = _Counted(_exporter())
-        delay = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else SCHEDULE_DELAY_MS
-        self._batches = BatchSpanProcessor(self._exporter, schedule_delay_millis=delay)
-        self._scope = InstrumentationScope(SCOPE, _version())
+        environ = os.environ
+        self._post = collector(environ)
+        self._timeout_s = _number(option(environ, "TIMEOUT"), _TIMEOUT_S, "OTEL_EXPORTER_OTLP_TIMEOUT")
+        self._batches: Batches[tuple[str, bytes]] = Batches(
+            "trace-exporter",
+            self._export,
+            gather_s=_of_batches(environ, "SCHEDULE_DELAY", SCHEDULE_DELAY_MS) / 1000,
+            most=int(_of_batches(environ, "MAX_EXPORT_BATCH_SIZE", 512)),
+            most_waiting=int(_of_batches(environ, "MAX_QUEUE_SIZE", 2048)),
+        )
+        # Here, since the SDK looks for it with a pool of threads, which cannot begin when a process ends.
+        self._resource = {**Resource.create().attributes, "service.version": _version()}
+        self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._ended = 0
+        self._ended = self._exported = self._failed = 0
 
-    def export(self, span: SpanData) -> None:
+    def export(self, service: str, encoded: bytes) -> None:
         """From any thread; never waits."""
         with self._lock:
             self._ended += 1
-        self._batches.on_end(self._readable(span))
+        self._batches.put((service, encoded))
 
     def stats(self) -> dict[str, int]:
-        exporter = self._exporter
-        return {"ended": self._ended, "exported": exporter.exported, "failed": exporter.failed}
+        return {"ended": self._ended, "exported": self._exported, "failed": self._failed}
 
     def flush(self) -> None:
-        self._batches.force_flush()
+        self._batches.flush()
 
     def shutdown(self) -> None:
-        self._batches.shutdown()  # type: ignore[no-untyped-call]
+        """Sends what waits, each batch once."""
+        self._closing.set()
+        self._batches.close()
 
-    def _readable(self, span: SpanData) -> ReadableSpan:
-        return ReadableSpan(
-            name=span.name,
-            context=_context(span.trace_id, span.span_id),
-            parent=_context(span.trace_id, span.parent_id) if span.parent_id else None,
-            resource=_resource(span.service),
-            attributes=span.attributes,
-            events=[Event(event.name, dict(event.attributes), event.at_ns) for event in span.events],
-            links=[trace.Link(_context(link.trace_id, link.span_id)) for link in span.links],
-            kind=_KINDS.get(span.kind, trace.SpanKind.INTERNAL),
-            status=_UNSET if span.error is None else Status(StatusCode.ERROR, span.error or None),
-            start_time=span.start_ns,
-            end_time=span.end_ns,
-            instrumentation_scope=self._scope,
-        )
-
-
-class _Counted(SpanExporter):
-    """Counts what left and what did not. Exports are made one at a time, so plain integers do."""
-
-    def __init__(self, inner: SpanExporter) -> None:
-        self.inner = inner
-        self.exported = 0
-        self.failed = 0
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+    def _export(self, batch: list[tuple[str, bytes]]) -> None:
+        resources = {service: {**self._resource, "service.name": service} for service, _ in batch}
         try:
-            result = self.inner.export(spans)
-        except Exception:
-            self.failed += len(spans)
-            raise  # to the SDK's background thread, which logs it
-        if result is SpanExportResult.SUCCESS:
-            self.exported += len(spans)
+            self._deliver(export_request(batch, resources, _version()))
+        except NotTaken as error:
+            self._failed += len(batch)
+            log.warning("%d spans were not exported: %s", len(batch), error)
         else:
-            self.failed += len(spans)
-        return result
+            self._exported += len(batch)
 
-    def shutdown(self) -> None:
-        self.inner.shutdown()
+    def _deliver(self, request: bytes) -> None:
+        until, pause_s = time.monotonic() + self._timeout_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                self._post(request, max(0.001, until - time.monotonic()))
+                return
+            except NotTaken as error:
+                wait_s = error.after_s if error.after_s is not None else pause_s * random.uniform(0.8, 1.2)
+                if not error.again or time.monotonic() + wait_s >= until or self._closing.wait(wait_s):
+                    raise
+            pause_s *= 2
 
 
-def _context(trace_id: str, span_id: str) -> SpanContext:
-    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=_SAMPLED)
+def _of_batches(environ: Mapping[str, str], name: str, default: float) -> float:
+    return _number(environ.get(f"OTEL_BSP_{name}", "").strip(), default, f"OTEL_BSP_{name}")
 
 
-@functools.lru_cache(maxsize=32)
-def _resource(service: str) -> Resource:
-    return Resource.create({"service.name": service, "service.version": _version()})
-
-
-def _exporter() -> SpanExporter:
-    environ = os.environ
-    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
-    protocol = (protocol or "http/protobuf").strip().lower()
-    if protocol == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-        return OTLPSpanExporter()
-    if protocol == "grpc":
-        try:
-            grpc_exporter = importlib.import_module("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
-        except ImportError:
-            raise RuntimeError(
-                "OTEL_EXPORTER_OTLP_PROTOCOL=grpc needs the package opentelemetry-exporter-otlp-proto-grpc: "
-                "install it, or set http/protobuf and the collector's HTTP port, 4318."
-            ) from None
-        exporter: SpanExporter = grpc_exporter.OTLPSpanExporter()
-        return exporter
-    raise RuntimeError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} is not supported: use http/protobuf or grpc.")
+def _number(text: str, default: float, name: str) -> float:
+    try:
+        number = float(text or default)
+    except ValueError:
+        number = 0
+    if not number > 0:
+        raise RuntimeError(f"{name}={text} must be a number above 0.")
+    return number
 
 
 @functools.cache

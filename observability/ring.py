@@ -18,7 +18,7 @@ TRACE_OVERHEAD = 800
 
 
 class Held(NamedTuple):
-    """A span as `observability.spans.encode` made it."""
+    """A span as `observability.encoded` has it."""
 
     service: str
     sampled: bool

@@ -1,4 +1,4 @@
-"""One span, ended, and its form in OTLP JSON: how spans are kept, handed between processes and shown.
+"""One span, ended, and traces of them in OTLP JSON: how they are shown, and how Triton tells its own.
 
 Knows no OpenTelemetry package, no transport and no meaning of any attribute.
 """
@@ -14,9 +14,8 @@ import orjson
 
 KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")
 SCOPE = "triptych"
-_INT64 = 2**63
-_ERROR = 2  # STATUS_CODE_ERROR
-_ID_AT = slice(len('{"traceId":"'), len('{"traceId":"') + 32)  # `encode` writes it first
+INT64 = 2**63
+STATUS_ERROR = 2  # STATUS_CODE_ERROR
 
 
 class Event(NamedTuple):
@@ -57,8 +56,40 @@ class SpanData:
         return (self.end_ns - self.start_ns) / 1e6
 
 
-def encode(span: SpanData) -> bytes:
-    """An OTLP JSON span. Its service is its resource's, and so not in it."""
+def document(spans: Iterable[SpanData]) -> bytes:
+    """The OTLP JSON of whole traces."""
+    services: dict[str, list[dict[str, Any]]] = {}
+    for span in spans:
+        services.setdefault(span.service, []).append(_told(span))
+    resources = [
+        {
+            "resource": {"attributes": _attributes({"service.name": service})},
+            "scopeSpans": [{"scope": {"name": SCOPE}, "spans": told}],
+        }
+        for service, told in services.items()
+    ]
+    try:
+        return orjson.dumps({"resourceSpans": resources})
+    except TypeError:  # half of a surrogate pair is in a string: no UTF-8 can hold it
+        return orjson.dumps(_storable({"resourceSpans": resources}))
+
+
+def read_document(otlp: bytes | str | Mapping[str, Any]) -> list[SpanData]:
+    """The spans of an OTLP JSON document, in order of time. Raises ValueError if it is none."""
+    held = otlp if isinstance(otlp, Mapping) else orjson.loads(otlp)
+    try:
+        spans = [
+            _span(span, str(_read(resource.get("resource", {}).get("attributes", ())).get("service.name", "")))
+            for resource in held["resourceSpans"]
+            for scope in resource.get("scopeSpans", ())
+            for span in scope.get("spans", ())
+        ]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"not an OTLP JSON document: {type(error).__name__} {error}") from None
+    return sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
+
+
+def _told(span: SpanData) -> dict[str, Any]:
     told: dict[str, Any] = {
         "traceId": span.trace_id,
         "spanId": span.span_id,
@@ -79,52 +110,8 @@ def encode(span: SpanData) -> bytes:
     if span.links:
         told["links"] = [{"traceId": link.trace_id, "spanId": link.span_id} for link in span.links]
     if span.error is not None:
-        told["status"] = {"code": _ERROR, "message": span.error} if span.error else {"code": _ERROR}
-    try:
-        return orjson.dumps(told)
-    except TypeError:  # half of a surrogate pair is in a string: no UTF-8 can hold it
-        return orjson.dumps(_storable(told))
-
-
-def trace_id_of(encoded: bytes) -> str | None:
-    """The trace id of what `encode` made, without reading the rest; None if that is not what this is."""
-    text = encoded[_ID_AT].decode("ascii", "replace")
-    hexadecimal = len(text) == 32 and all(char in "0123456789abcdef" for char in text)
-    return text if hexadecimal and encoded.startswith(b'{"traceId":"') else None
-
-
-def document(spans: Iterable[tuple[str, bytes]]) -> bytes:
-    """The OTLP JSON of whole traces, of encoded spans with their services."""
-    services: dict[str, list[bytes]] = {}
-    for service, encoded in spans:
-        services.setdefault(service, []).append(encoded)
-    resources = [
-        b'{"resource":{"attributes":[{"key":"service.name","value":{"stringValue":%b}}]},'
-        b'"scopeSpans":[{"scope":{"name":"%b"},"spans":[%b]}]}'
-        % (orjson.dumps(service), SCOPE.encode(), b",".join(encoded))
-        for service, encoded in services.items()
-    ]
-    return b'{"resourceSpans":[%b]}' % b",".join(resources)
-
-
-def read_document(otlp: bytes | str | Mapping[str, Any]) -> list[SpanData]:
-    """The spans of an OTLP JSON document, in order of time. Raises ValueError if it is none."""
-    held = otlp if isinstance(otlp, Mapping) else orjson.loads(otlp)
-    try:
-        spans = [
-            _span(span, str(_read(resource.get("resource", {}).get("attributes", ())).get("service.name", "")))
-            for resource in held["resourceSpans"]
-            for scope in resource.get("scopeSpans", ())
-            for span in scope.get("spans", ())
-        ]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"not an OTLP JSON document: {type(error).__name__} {error}") from None
-    return sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-
-
-def decode(encoded: bytes, service: str) -> SpanData:
-    """What `encode` was given."""
-    return _span(orjson.loads(encoded), service)
+        told["status"] = {"code": STATUS_ERROR, "message": span.error} if span.error else {"code": STATUS_ERROR}
+    return told
 
 
 def _span(told: Mapping[str, Any], service: str) -> SpanData:
@@ -145,7 +132,7 @@ def _span(told: Mapping[str, Any], service: str) -> SpanData:
             for event in told.get("events", ())
         ],
         links=[Link(link["traceId"].lower(), link["spanId"].lower()) for link in told.get("links", ())],
-        error=status.get("message", "") if status.get("code") == _ERROR else None,
+        error=status.get("message", "") if status.get("code") == STATUS_ERROR else None,
     )
 
 
@@ -159,7 +146,7 @@ def _value(value: Any) -> dict[str, Any]:
     if isinstance(value, bool):
         return {"boolValue": value}
     if isinstance(value, int):
-        return {"intValue": str(value)} if -_INT64 <= value < _INT64 else {"stringValue": str(value)}
+        return {"intValue": str(value)} if -INT64 <= value < INT64 else {"stringValue": str(value)}
     if isinstance(value, float):  # proto3 JSON: what JSON has no number for is a string
         spelled = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
         return {"doubleValue": value if math.isfinite(value) else spelled}

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from observability.encoded import encode
 from observability.sampling import Sampler, sampler
 from observability.spans import Event, Link, SpanData
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 now_ns = time.time_ns
-Collect = Callable[[SpanData], None]
+Collect = Callable[[str, str, bool, bytes], object]  # trace id, service, sampled, encoded
 SOCKET = "TRIPTYCH_TRACE_SOCKET"  # where a gateway collects what the stages below it record
 
 _MESSAGE_LIMIT = 500
@@ -149,10 +150,11 @@ class _Recorder:
         self.close: Callable[[], object] | None = None
 
     def ended(self, span: SpanData) -> None:
-        if self.collect:
-            self.collect(span)
+        encoded = encode(span)
+        if self.collect is not None:
+            self.collect(span.trace_id, span.service, span.sampled, encoded)
         if span.sampled and self.exporter:
-            self.exporter.export(span)
+            self.exporter.export(span.service, encoded)
 
 
 _recorder: _Recorder | None = None
@@ -181,7 +183,7 @@ def configure(service_name: str, collect: Collect | None = None) -> bool:
     except Exception as error:  # tracing never keeps the product from starting
         log.warning("%s: %s", "nothing is exported" if collect else "tracing is off", error)
         sampled, exporter = (lambda trace_id, parent: False), None
-    if exporter or collect:
+    if exporter or collect is not None:
         _recorder = _Recorder(service, sampled if exporter else _only_the_callers(sampled), exporter, collect)
         _recorder.close = close
     return exporter is not None
@@ -237,10 +239,10 @@ def record(
     return span
 
 
-def export(span: SpanData) -> None:
+def export(service: str, encoded: bytes) -> None:
     """Exports a span of a trace that was not sampled, after all; nothing where nothing is exported."""
     if _recorder and _recorder.exporter:
-        _recorder.exporter.export(span)
+        _recorder.exporter.export(service, encoded)
 
 
 def stats() -> dict[str, int]:
@@ -309,7 +311,6 @@ def _given(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bounded(action: Callable[[], Any], timeout_ms: int) -> bool:
-    # The SDK ignores the timeouts it is given, so they are kept here.
     thread = threading.Thread(target=action, name="tracing-flush", daemon=True)
     try:
         thread.start()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import ssl
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -73,8 +74,10 @@ class ReceivedSpan:
 class Receiver:
     """The collector; `endpoint` is what OTEL_EXPORTER_OTLP_ENDPOINT takes."""
 
-    def __init__(self, status: int = 200) -> None:
+    def __init__(self, status: int = 200, *, tls: ssl.SSLContext | None = None) -> None:
         self.status = status  # what every export is answered with; tests set it to fail exports
+        self.busy = 0  # so many are first answered that they should come again at once
+        self.headers: list[dict[str, str]] = []
         self.requests = 0
         self.unreadable: list[str] = []
         self._spans: list[ReceivedSpan] = []
@@ -88,8 +91,15 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 kind = self.headers.get("Content-Type", "")
                 compressed = self.headers.get("Content-Encoding") == "gzip"
-                status = receiver._receive(self.path, kind, gzip.decompress(body) if compressed else body)
+                receiver.headers.append({name.lower(): value for name, value in self.headers.items()})
+                if busy := receiver.busy > 0:
+                    receiver.busy -= 1
+                    status = 503
+                else:
+                    status = receiver._receive(self.path, kind, gzip.decompress(body) if compressed else body)
                 self.send_response(status)
+                if busy:
+                    self.send_header("Retry-After", "0")
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", "2" if "json" in kind else "0")
                 self.end_headers()
@@ -100,7 +110,9 @@ class Receiver:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.endpoint = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> Receiver:

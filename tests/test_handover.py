@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -14,10 +15,15 @@ from pathlib import Path
 import pytest
 
 from observability import handover, tracing
+from observability.encoded import encode
 from observability.handover import Receiver, Sender, socket_path
-from observability.spans import encode
+from observability.spans import SpanData
 from tests.product import wait_for
 from tests.spans import request, span
+
+
+def send(sender: Sender, one: SpanData) -> None:
+    sender.send(one.trace_id, one.service, one.sampled, encode(one))
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def test_spans_arrive_as_they_were_in_order(path):
     taken, sender = Taken(), Sender(path)
     receiver = Receiver(path, taken)
     for one in request():
-        sender.send(one)
+        send(sender, one)
     sender.close()
     wait_for(lambda: len(taken.spans) == len(request()), 5)
     assert [encoded for *_, encoded in taken.spans] == [encode(one) for one in request()]
@@ -55,7 +61,7 @@ def test_many_are_several_datagrams(path):
     receiver = Receiver(path, taken)
     big = span("a", 0, 1, attributes={"text": "x" * 5000})
     for _ in range(200):
-        sender.send(big)
+        send(sender, big)
     wait_for(lambda: len(taken.spans) == 200, 10)
     sender.close()
     receiver.close()
@@ -63,12 +69,12 @@ def test_many_are_several_datagrams(path):
 
 def test_a_receiver_that_starts_anew_is_found(path):
     sender = Sender(path)
-    sender.send(span("lost", 0, 1))
+    send(sender, span("lost", 0, 1))
     wait_for(lambda: sender.dropped == 1, 5)
     for name in ("first", "second"):
         taken = Taken()
         receiver = Receiver(path, taken)
-        sender.send(span(name, 0, 1))
+        send(sender, span(name, 0, 1))
         wait_for(lambda taken=taken: taken.spans, 5)
         receiver.close()
     sender.close()
@@ -79,7 +85,7 @@ def test_a_successors_socket_is_left_alone(path):
     second = Receiver(path, taken)
     first.close()
     sender = Sender(path)
-    sender.send(span("a", 0, 1))
+    send(sender, span("a", 0, 1))
     wait_for(lambda: taken.spans, 5)
     sender.close()
     second.close()
@@ -94,7 +100,7 @@ def test_one_that_does_not_read_holds_nobody_who_ends_a_span(path, monkeypatch):
         slowest = 0.0
         for _ in range(6000):
             began = time.perf_counter()
-            sender.send(big)
+            send(sender, big)
             slowest = max(slowest, time.perf_counter() - began)
         wait_for(lambda: sender.dropped >= 6000 - handover._MOST_WAITING, 10)
         assert slowest < 2  # a send of its own would wait for ever
@@ -111,8 +117,10 @@ def test_rubbish_is_counted_and_a_take_that_fails_is_not_the_end(path, caplog):
 
     receiver = Receiver(path, take)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-        good = b"0" + encode(span("a", 0, 1))
-        out.sendto(b"service\nrubbish\n\xff\xfe\n" + good + b"\n" + good, path)
+        encoded = encode(span("a", 0, 1))
+        good = struct.pack(">cI", b"0", len(encoded)) + encoded
+        bad = struct.pack(">cI", b"0", 3) + b"bad"
+        out.sendto(b"service\n" + bad + good + good + good[:-1], path)
         wait_for(lambda: len(taken) == 2, 5)
         out.sendto(b"", path)
         out.sendto(b"service\n" + good, path)

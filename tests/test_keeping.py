@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from observability.encoded import decode, encode
 from observability.keeping import ENOUGH, PER_TOKEN, Traces, medians, stage_times, subtree
 from observability.ring import Ring
-from observability.spans import SpanData, encode
+from observability.spans import SpanData
 from tests.spans import request, span, span_id
 from tests.test_ring import ended
 
@@ -22,7 +23,14 @@ def exported() -> list[SpanData]:
 
 @pytest.fixture
 def traces(exported) -> Traces:
-    return Traces(Ring(1000, 10_000_000), exported.append, slow_ms=1000)
+    def export(service: str, encoded: bytes) -> None:
+        exported.append(decode(encoded, service))
+
+    return Traces(Ring(1000, 10_000_000), export, slow_ms=1000)
+
+
+def collect(traces: Traces, one: SpanData) -> None:
+    traces.take(one.trace_id, one.service, one.sampled, encode(one))
 
 
 def end(traces: Traces, *, sampled: bool = False, failed: bool = False, cancelled: bool = False, **changes) -> str:
@@ -43,16 +51,16 @@ def end(traces: Traces, *, sampled: bool = False, failed: bool = False, cancelle
 def test_a_trace_that_was_not_sampled_is_exported_whole_if_it_ends_badly(traces, exported, how, kept):
     spans = [replace(one, sampled=False) for one in request()]
     for one in spans[:8]:
-        traces.collect(one)
+        collect(traces, one)
     assert end(traces, **how) == kept
     for one in spans[8:]:  # from other processes, after the end
-        traces.take(one.trace_id, one.service, False, encode(one))
+        collect(traces, one)
     assert exported == (spans if kept else [])
 
 
 def test_a_sampled_trace_is_exported_by_those_who_end_its_spans(traces, exported):
     for one in request():
-        traces.collect(one)
+        collect(traces, one)
     assert end(traces, sampled=True, failed=True) == "failed"
     assert end(traces, sampled=True) == "sampled"
     assert exported == []
@@ -65,7 +73,7 @@ def test_what_triton_traced_is_exported_if_the_trace_is_sampled(traces, exported
     traces.adopt(tritons[0])  # before any of the others is there
     assert exported == []
     for one in others:
-        traces.collect(one)
+        collect(traces, one)
     traces.adopt(tritons[1])
     assert exported == [tritons[1]]
     assert end(traces, sampled=True) == "sampled"
@@ -75,7 +83,7 @@ def test_what_triton_traced_is_exported_if_the_trace_is_sampled(traces, exported
 
 def test_what_triton_traced_of_an_unsampled_trace_is_kept_alone(traces, exported):
     for one in request():
-        traces.collect(replace(one, sampled=False))
+        collect(traces, replace(one, sampled=False))
     traces.adopt(span("triton compute", 0, 1))
     assert end(traces) == ""
     assert exported == []
@@ -100,7 +108,7 @@ def test_several_requests_of_one_trace_are_told_apart(traces):
                 "parent_id": one.parent_id and f"{one.parent_id[:15]}{number}",
             }
             above = {} if one.parent_id else {"parent_id": caller.span_id}
-            traces.collect(replace(one, **{**own, **above}))
+            collect(traces, replace(one, **{**own, **above}))
     first = replace(ended(TRACE), span_id=span_id("POST /v1")[:15] + "0")
     assert len(traces.ring.spans(TRACE)) == 2 * len(request())
     assert len(traces.of_request(first)) == len(request())
@@ -110,7 +118,7 @@ def test_the_usual_is_the_median_of_other_good_requests(traces):
     for number, prefill_ms in enumerate([10, 20, 90, 5000]):
         trace_id = f"{number:032x}"
         for one in request(prefill_ms=prefill_ms):
-            traces.collect(replace(one, trace_id=trace_id))
+            collect(traces, replace(one, trace_id=trace_id))
         told = replace(ended(trace_id, number), span_id=span_id("POST /v1"), status=500 if number == 3 else 200)
         traces.end(told, sampled=False, failed=number == 3, cancelled=False)
     stages, requests = traces.usual("echo")

@@ -14,9 +14,10 @@ from gateway.kept import Kept
 from gateway.settings import Settings, SettingsError
 from observability import tracing
 from observability.completeness import GATEWAY, check
+from observability.encoded import decode
 from observability.keeping import Traces
 from observability.ring import Ring
-from observability.spans import SpanData, decode, read_document
+from observability.spans import SpanData, read_document
 from pipelines.errors import StageError
 from tests.scripted import ACCEPTED, CHAT_PATH, HELLO, MODEL, ScriptedBackend
 
@@ -31,8 +32,8 @@ def exported() -> list[SpanData]:
 @pytest.fixture
 def traces(monkeypatch, exported):
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    traces = Traces(Ring(100, 1_000_000), exported.append)
-    tracing.configure("triptych-gateway", traces.collect)
+    traces = Traces(Ring(100, 1_000_000), lambda service, encoded: exported.append(decode(encoded, service)))
+    tracing.configure("triptych-gateway", traces.take)
     yield traces
     tracing.shutdown()
 

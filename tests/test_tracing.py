@@ -6,19 +6,29 @@ import gzip
 import json
 import logging
 import os
+import ssl
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
 from observability import tracing
+from observability.encoded import decode, encode
 from observability.sampling import sampler
 from tests.otlp_receiver import BrokenTrace, ReceivedSpan, Receiver, build_tree
+from tests.test_listener import certificate
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CALLER = "b7ad6b7169203331"
@@ -53,6 +63,15 @@ def receiver(monkeypatch):
         tracing.shutdown()  # while there is still a collector to take the rest
 
 
+class Collected(list):
+    """The spans that a recorder collected."""
+
+    def __call__(self, trace_id: str, service: str, sampled: bool, encoded: bytes) -> None:
+        span = decode(encoded, service)
+        assert (span.trace_id, span.sampled) == (trace_id, sampled)
+        self.append(span)
+
+
 def test_off_without_an_endpoint_and_the_sdk_is_not_imported():
     code = (
         "import sys\n"
@@ -78,13 +97,15 @@ def test_the_standard_switches_turn_it_off(receiver, monkeypatch, name, value):
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "opentelemetry-exporter-otlp-proto-grpc"),
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json", "http/protobuf"),
         ("OTEL_TRACES_EXPORTER", "zipkin", "otlp"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", "gzip, deflate or none"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "127.0.0.1:4318", "http://"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon", "a number above 0"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "OTEL_BSP_MAX_QUEUE_SIZE=-1"),
     ],
 )
 def test_what_it_cannot_do_is_one_warning_with_the_remedy(receiver, monkeypatch, caplog, name, value, remedy):
-    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
     monkeypatch.setenv(name, value)
     with caplog.at_level(logging.WARNING):
         assert not tracing.configure("triptych")
@@ -204,8 +225,8 @@ def test_a_sampler_that_is_not_known_is_one_warning(receiver, monkeypatch, caplo
 
 def test_whoever_collects_gets_all_and_the_exporter_what_is_sampled(receiver, monkeypatch):
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
-    collected = []
-    assert tracing.configure("triptych-gateway", collected.append)
+    collected = Collected()
+    assert tracing.configure("triptych-gateway", collected)
     with tracing.start("POST /", kind="server") as unsampled:
         tracing.start("chat", parent=unsampled).end()
         assert (unsampled.sampled, unsampled.traceparent[-2:]) == (False, "00")
@@ -216,14 +237,14 @@ def test_whoever_collects_gets_all_and_the_exporter_what_is_sampled(receiver, mo
         ("POST /", unsampled.trace_id, False),
         ("POST /", TRACE, True),
     ]
-    tracing.export(collected[1])  # it ended badly
+    tracing.export("triptych-gateway", encode(collected[1]))  # it ended badly
     assert tracing.flush()
     assert sorted(span.trace_id for span in receiver.spans()) == sorted([unsampled.trace_id, TRACE])
 
 
 def test_events_and_links_and_nothing_after_the_end(receiver):
-    collected = []
-    tracing.configure("triptych", collected.append)
+    collected = Collected()
+    tracing.configure("triptych", collected)
     span = tracing.start("POST /", kind="server")
     span.event("first text", {"n": 1, "none": None}, at_ns=5)
     for number in range(10):
@@ -243,10 +264,10 @@ def test_without_an_endpoint_what_is_collected_needs_no_sdk():
         "import sys\n"
         "from observability import tracing\n"
         "spans = []\n"
-        "assert tracing.configure('triptych-gateway', spans.append) is False\n"
+        "assert tracing.configure('triptych-gateway', lambda *span: spans.append(span)) is False\n"
         "with tracing.start('POST /', kind='server') as root: assert not root.sampled\n"
         f"assert tracing.start('POST /', kind='server', parent='{SAMPLED}').traceparent.endswith('-01')\n"
-        "assert [span.service for span in spans] == ['shop']\n"
+        "assert [service for _, service, *_ in spans] == ['shop']\n"
         "assert not any(name.startswith('opentelemetry') for name in sys.modules)\n"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
@@ -289,6 +310,80 @@ def test_a_collector_that_refuses_is_counted(receiver):
     tracing.start("POST /", kind="server").end()
     assert tracing.flush()
     assert tracing.stats() == {"ended": 1, "exported": 0, "failed": 1}
+
+
+def test_a_collector_that_is_busy_is_asked_again_when_it_says(receiver):
+    receiver.busy = 1
+    tracing.configure("triptych")
+    tracing.start("POST /", kind="server").end()
+    assert tracing.flush(5000)
+    assert tracing.stats() == {"ended": 1, "exported": 1, "failed": 0}
+    assert receiver.busy == 0
+
+
+def test_headers_and_compression_are_the_standard_variables(receiver, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20a%2Cb,x-team=ml")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "gzip")
+    tracing.configure("triptych")
+    tracing.start("POST /", kind="server").end()
+    assert tracing.flush()
+    assert [span.name for span in receiver.spans()] == ["POST /"]
+    headers = receiver.headers[-1]
+    assert (headers["authorization"], headers["x-team"]) == ("Bearer a,b", "ml")
+    assert (headers["content-encoding"], headers["content-type"]) == ("gzip", "application/x-protobuf")
+
+
+def test_a_collector_over_tls_that_wants_to_know_who_asks(monkeypatch, tmp_path):
+    cert, key = certificate(tmp_path, "one")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cert)
+    context.load_cert_chain(cert, key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with Receiver(tls=context) as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", cert)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", cert)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CLIENT_KEY", key)
+        tracing.configure("triptych")
+        tracing.start("POST /", kind="server").end()
+        assert tracing.flush()
+        assert [span.name for span in receiver.spans()] == ["POST /"]
+        tracing.shutdown()
+
+
+@pytest.mark.parametrize("compression", ["", "gzip"])
+def test_a_collector_by_grpc(monkeypatch, compression):
+    taken = []
+
+    class Service(TraceServiceServicer):
+        def Export(self, request, context):
+            taken.append((request, dict(context.invocation_metadata())))
+            if len(taken) == 1:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+            if len(taken) == 3:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+            return ExportTraceServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_TraceServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "X-Team=ml")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", compression)
+    try:
+        assert tracing.configure("triptych-generate")
+        for _ in range(2):
+            tracing.start("generate", kind="server").end()
+            assert tracing.flush(10_000)
+        assert tracing.stats() == {"ended": 2, "exported": 1, "failed": 1}
+        request, metadata = taken[1]
+        (resource,) = request.resource_spans
+        assert resource.scope_spans[0].spans[0].name == "generate"
+        assert metadata["x-team"] == "ml"
+    finally:
+        tracing.shutdown()
+        server.stop(None)
 
 
 def test_a_collector_that_is_away_holds_nobody(monkeypatch):
