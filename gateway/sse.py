@@ -31,6 +31,8 @@ BLOCKED_S = 0.001  # a send that takes longer waited for the client; a shorter o
 _LINE_BREAKS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029"]
 _MARK = "\0"  # a text that no name, id or number of a chunk contains
 _MARKED = orjson.dumps(_MARK)
+_BETWEEN = "\x7f"  # texts: of what JSON leaves as it is, few contain it
+_MANY = 5  # from so many on it is quicker to make their JSON at once: 64 in 6 µs, where one by one is 45
 
 
 def event(value: Any) -> bytes:
@@ -66,6 +68,7 @@ class Events:
         self._include_usage = include_usage
         self._timing = timing
         self._around = [self._chunk(choice.index, operation.piece(_MARK)).split(_MARKED) for choice in choices]
+        self._between = [b'"' + suffix + prefix + b'"' for prefix, suffix in self._around]
 
     def opening(self) -> bytes:
         """OpenAI: a chat's first chunk says who speaks; a completion has none such."""
@@ -78,7 +81,8 @@ class Events:
         if len(pieces) == 1 and not delta.finish_reason and type(pieces[0]) is str and pieces[0]:  # the rule
             prefix, suffix = self._around[index]
             return prefix + quote(pieces[0]) + suffix
-        data = b"".join([self._piece(index, piece) for piece in pieces])
+        data = self._at_once(index, delta.texts) if pieces is delta.texts and len(pieces) >= _MANY else b""
+        data = data or b"".join([self._piece(index, piece) for piece in pieces])
         if delta.finish_reason:
             reason = self._choices[index].finish_reason(delta.finish_reason)
             data += self._chunk(index, self._operation.closing, reason)
@@ -98,6 +102,14 @@ class Events:
     def error(failure: Failure) -> bytes:
         """The last event of a stream that failed: no [DONE] follows. The official client raises APIError."""
         return event(failure.body())
+
+    def _at_once(self, index: int, texts: Sequence[str]) -> bytes:
+        """An event for each; nothing if one is empty, or contains what shall stand between them."""
+        text = _BETWEEN.join(texts)
+        if text.count(_BETWEEN) != len(texts) - 1 or not all(texts):
+            return b""
+        prefix, suffix = self._around[index]
+        return prefix + quote(text).replace(_BETWEEN.encode(), self._between[index]) + suffix
 
     def _piece(self, index: int, piece: str | Held) -> bytes:
         if not isinstance(piece, str):

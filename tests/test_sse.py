@@ -89,7 +89,11 @@ def test_a_completion_stream_has_no_opening():
     assert json.loads(decode(closing(events, Delta([], "stop")))[0])["choices"][0]["text"] == ""
 
 
-@given(st.lists(st.text(), max_size=4))
+@given(
+    st.lists(
+        st.text(st.one_of(st.sampled_from('"\\\x7f\u2028é,'), st.characters(exclude_categories=["Cs"]))), max_size=12
+    )
+)
 def test_any_text_arrives_whole_one_event_each(texts):
     """And an event is one line to every client, also to those that split lines as str.splitlines does."""
     events = events_of()
@@ -97,10 +101,19 @@ def test_any_text_arrives_whole_one_event_each(texts):
     assert contents == [text for text in texts if text]
 
 
-@pytest.mark.parametrize("char", ["\n", "\r", "\x0b", "\x1c", "\x85", "\u2028", "\u2029", "\0", '"', "\\", "é", "𝄞"])
-def test_hard_characters(char):
-    data = events_of().delta(0, Delta([char]))
-    assert json.loads(decode(data)[0])["choices"][0]["delta"]["content"] == char
+@pytest.mark.parametrize(
+    "char", ["\n", "\r", "\x0b", "\x1c", "\x85", "\u2028", "\u2029", "\0", "\x7f", '"', "\\", "é", "𝄞"]
+)
+@pytest.mark.parametrize("count", [1, 9])
+def test_hard_characters(char, count):
+    data = decode(events_of().delta(0, Delta([char] * count)))
+    assert [json.loads(event)["choices"][0]["delta"]["content"] for event in data] == [char] * count
+
+
+def test_many_texts_are_the_events_that_each_would_be():
+    texts = ["one", " two", '"three",', "four\u2028", "five\x00", " six"]
+    one_by_one = b"".join(events_of().delta(0, Delta([text])) for text in texts)
+    assert events_of().delta(0, Delta(texts)) == one_by_one
 
 
 class Script:
