@@ -169,7 +169,7 @@ def configure(service_name: str, collect: Collect | None = None) -> bool:
     global _recorder
     shutdown()
     environ = os.environ
-    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+    if _disabled(environ):
         return False
     service = named(service_name)
     close: Callable[[], object] | None = None
@@ -267,10 +267,25 @@ def shutdown(timeout_ms: int = 2000) -> None:
         _bounded(recorder.exporter.shutdown, timeout_ms)
 
 
-def _exporter(environ: Mapping[str, str]) -> otlp.Exporter | None:
+def modules(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What `configure` will import, for whoever imports it before: 50 ms of each stage's start."""
+    return () if _disabled(environ) or not _exported_by(environ) else ("observability.otlp",)
+
+
+def _disabled(environ: Mapping[str, str]) -> bool:
+    return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+
+
+def _exported_by(environ: Mapping[str, str]) -> str:
+    """The exporter's name; "" if nothing is exported."""
     endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     name = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
-    if not endpoint or name == "none":
+    return name if endpoint and name != "none" else ""
+
+
+def _exporter(environ: Mapping[str, str]) -> otlp.Exporter | None:
+    name = _exported_by(environ)
+    if not name:
         return None
     if name != "otlp":
         raise RuntimeError(f"OTEL_TRACES_EXPORTER={name} is not supported: use otlp or none.")

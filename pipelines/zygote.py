@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from observability import tracing
 from pipelines import phases
 from pipelines.pipeline import DEFAULT, CatalogError, get_pipeline, read_catalog
 from pipelines.sources import is_pulled
@@ -65,7 +66,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 def serve() -> None:
     """Returns in a process that is to run a stage, and only there."""
     place = os.environ.pop(SOCKET)
-    _import(_MODULES)
+    _import((*_MODULES, *tracing.modules(os.environ)))
     _reap_children()
     with _listening(place) as listener:
         torch = _WithTorch(listener)

@@ -90,8 +90,10 @@ def test_off_without_an_endpoint_and_the_sdk_is_not_imported():
 
 @pytest.mark.parametrize(("name", "value"), [("OTEL_SDK_DISABLED", "TRUE"), ("OTEL_TRACES_EXPORTER", "none")])
 def test_the_standard_switches_turn_it_off(receiver, monkeypatch, name, value):
+    assert tracing.modules(os.environ) == ("observability.otlp",)
     monkeypatch.setenv(name, value)
     assert not tracing.configure("triptych")
+    assert not tracing.modules(os.environ)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Decodes no picture. What a data URI says of its bytes must be true.
 
 from __future__ import annotations
 
-import base64
+import pybase64
 
 from pipelines.errors import StageError
 from pipelines.images import kinds
@@ -60,7 +60,7 @@ def _held(url: str, param: str, max_bytes: int) -> bytes:
     try:
         if digits % 4 or url.endswith("==="):
             raise ValueError("padding, of which decoders take too much")
-        data = base64.b64decode(url[comma + 1 :], validate=True)
+        data = pybase64.b64decode(url[comma + 1 :], validate=True)
     except ValueError:
         raise _refusal(
             param, "is not valid base64: the standard alphabet, padded with '=', and nothing else, not even line breaks"
