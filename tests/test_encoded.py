@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from enum import Enum, IntEnum
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,22 @@ def test_what_protobuf_cannot_say_is_said_as_text():
     told = decode(encode(odd), "").attributes
     assert math.isnan(told.pop("n"))
     assert told == {"big": str(2**70), "half?": "?", "o": str(object), "b": [97, 98]}
+
+
+class Kind(str, Enum):
+    A = "a"
+
+
+def test_a_value_is_what_its_type_is_made_of():
+    given = {
+        "text": Kind.A,
+        "float": np.float64(0.5),
+        "number": IntEnum("Number", "A").A,
+        "yes": True,
+        "tuple": (1, "b"),
+    }
+    wanted = {"text": "a", "float": 0.5, "number": 1, "yes": True, "tuple": [1, "b"]}
+    assert decode(encode(span("a", 0, 1, attributes=given)), "").attributes == wanted
 
 
 def test_long_texts_and_many_attributes():
