@@ -145,12 +145,22 @@ def _value(value: Any) -> bytes:
     if kind is float:
         return b"\x21" + _double(value)
     if kind is list or kind is tuple:
-        return _field(b"\x2a", b"".join([_field(b"\x0a", _value(item)) for item in value]))
+        return _field(b"\x2a", b"".join([_item(item) for item in value]))
     if isinstance(value, str):
         return _field(b"\x0a", value.encode())
     if isinstance(value, (int, float)):
         return _value(int(value) if isinstance(value, int) else float(value))
     return _value(list(value) if isinstance(value, Sequence) else str(value))
+
+
+def _item(value: Any) -> bytes:
+    """Of an ArrayValue. Histograms are counts and bounds."""
+    kind = type(value)
+    if kind is int and 0 <= value < 128:
+        return b"\x0a\x02\x18%b" % _BYTES[value]
+    if kind is float:
+        return b"\x0a\x09\x21" + _double(value)
+    return _field(b"\x0a", _value(value))
 
 
 def _field(tag: bytes, content: bytes) -> bytes:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Take = Callable[[str, str, bool, bytes], object]  # trace id, service, sampled, encoded
 
 _BATCH_BYTES = 60_000  # far below what a socket's buffer holds by default
-_GATHER_S = 0.02  # spans of a request end together: one datagram, and few wake-ups
+_GATHER_S = 0.05  # spans of a request end together: one datagram, and few wake-ups
 _SEND_S = 1.0  # for a receiver that does not keep up
 _MOST, _MOST_WAITING = 128, 4096
 _MOST_BYTES = 1024 * 1024

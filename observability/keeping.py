@@ -78,7 +78,7 @@ class Traces:
         """A request has ended; answers it with why its trace is kept."""
         bad = "failed" if failed else "cancelled" if cancelled else ""
         kept = bad or ("slow" if self._is_slow(request, good=not bad and request.status < 400) else "")
-        request = replace(request, kept=kept or ("sampled" if sampled else ""))
+        request = request._replace(kept=kept or ("sampled" if sampled else ""))
         self.ring.end(request)
         if request.kept:
             for held in self.ring.claim(request.trace_id):

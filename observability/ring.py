@@ -25,8 +25,7 @@ class Held(NamedTuple):
     encoded: bytes
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """A request that has ended, as the list of traces shows it."""
 
     trace_id: str

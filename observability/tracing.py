@@ -9,6 +9,7 @@ of HTTP, Triton or what is traced. What fails here never disturbs a request; it 
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import re
@@ -299,6 +300,7 @@ def _only_the_callers(sampled: Sampler) -> Sampler:
     return lambda trace_id, parent: bool(parent) and sampled(trace_id, parent)
 
 
+@functools.lru_cache(maxsize=256)  # a stage's spans have one parent, and those of its batch are linked to
 def _parse(traceparent: str) -> tuple[str, str, bool] | None:
     """Trace id, span id and the sampled flag of a W3C traceparent; None if it is malformed."""
     match = _TRACEPARENT.fullmatch(traceparent.strip())

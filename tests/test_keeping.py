@@ -34,7 +34,7 @@ def collect(traces: Traces, one: SpanData) -> None:
 
 
 def end(traces: Traces, *, sampled: bool = False, failed: bool = False, cancelled: bool = False, **changes) -> str:
-    told = replace(ended(TRACE), span_id=span_id("POST /v1"), **changes)
+    told = ended(TRACE)._replace(span_id=span_id("POST /v1"), **changes)
     return traces.end(told, sampled=sampled, failed=failed, cancelled=cancelled).kept
 
 
@@ -109,7 +109,7 @@ def test_several_requests_of_one_trace_are_told_apart(traces):
             }
             above = {} if one.parent_id else {"parent_id": caller.span_id}
             collect(traces, replace(one, **{**own, **above}))
-    first = replace(ended(TRACE), span_id=span_id("POST /v1")[:15] + "0")
+    first = ended(TRACE)._replace(span_id=span_id("POST /v1")[:15] + "0")
     assert len(traces.ring.spans(TRACE)) == 2 * len(request())
     assert len(traces.of_request(first)) == len(request())
 
@@ -119,7 +119,7 @@ def test_the_usual_is_the_median_of_other_good_requests(traces):
         trace_id = f"{number:032x}"
         for one in request(prefill_ms=prefill_ms):
             collect(traces, replace(one, trace_id=trace_id))
-        told = replace(ended(trace_id, number), span_id=span_id("POST /v1"), status=500 if number == 3 else 200)
+        told = ended(trace_id, number)._replace(span_id=span_id("POST /v1"), status=500 if number == 3 else 200)
         traces.end(told, sampled=False, failed=number == 3, cancelled=False)
     stages, requests = traces.usual("echo")
     assert (stages["prefill"], requests) == (20, 3)
