@@ -88,7 +88,7 @@ def finish_reason_of(engines: str, stopped: bool) -> str:
     return "stop" if stopped and engines == "length" else engines
 
 
-Inputs: TypeAlias = "Mapping[str, str | Sequence[int] | np.ndarray[Any, Any]]"  # by tensor: text, ids, or an image
+Inputs: TypeAlias = "Mapping[str, bytes | str | Sequence[int] | np.ndarray[Any, Any]]"  # by tensor: text, ids, an image
 
 
 class Prompt(NamedTuple):

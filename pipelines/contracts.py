@@ -67,6 +67,9 @@ class Asked(Protocol):
     def text(self, tensor: Tensor) -> str | None:
         """A BYTES [1] input, or None if it was not sent."""
 
+    def encoded(self, tensor: Tensor) -> bytes | None:
+        """The same as it came, for whoever passes it on: pictures make it megabytes."""
+
     def ids(self, tensor: Tensor) -> list[int]:
         """An INT64 [-1] input; empty if it was not sent."""
 
@@ -74,10 +77,10 @@ class Asked(Protocol):
         """A UINT8 [-1] input, the asker's own; None if it was not sent."""
 
 
-_SIGN = '"image_url"'
+_SIGN = b'"image_url"'
 
 
-def brings_images(messages: str | None, image: object | None) -> bool:
+def brings_images(messages: bytes | None, image: object | None) -> bool:
     """Whether a request seems to hold a picture. Its JSON is not read, for which there may be much of it: who only
     quotes the word is taken for one too, and who writes the key with escapes is not."""
     return image is not None or (messages is not None and _SIGN in messages)

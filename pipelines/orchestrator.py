@@ -170,7 +170,7 @@ class Orchestrator:
 
     def _start(self, handle: str, asked: Asked, sink: Lane | Stream) -> None:
         inputs: dict[str, Any] = {
-            tensor.name: text for tensor in contracts.TEXTS if (text := asked.text(tensor)) is not None
+            tensor.name: text for tensor in contracts.TEXTS if (text := asked.encoded(tensor)) is not None
         }
         if ids := asked.ids(contracts.TEXT_IDS):
             inputs[contracts.TEXT_IDS.name] = ids

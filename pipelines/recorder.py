@@ -94,7 +94,12 @@ class Recorder:
 
     def _begun(self, id: str, traceparent: str, inputs: Inputs, sampling: str, prompt: Prompt) -> Recording:
         asked: Boundary = {
-            name: value if isinstance(value, (str, list)) else _bytes(value) for name, value in inputs.items()
+            name: value
+            if isinstance(value, list)
+            else _text(value)
+            if isinstance(value, (str, bytes))
+            else _bytes(value)
+            for name, value in inputs.items()
         }
         asked[contracts.SAMPLING.name] = sampling
         made: Boundary = {

@@ -59,6 +59,7 @@ class Incoming:
 
     def __init__(self, request: Any) -> None:
         self._request = request
+        self._encoded: dict[str, bytes | None] = {}
         self.id: str = request.request_id()
         self.parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
         self.operation: str = str(self.parameters.get(contracts.OPERATION, ""))
@@ -66,16 +67,26 @@ class Incoming:
 
     def text(self, tensor: Tensor) -> str | None:
         """A BYTES [1] input, or None if it was not sent."""
+        encoded = self.encoded(tensor)
+        try:
+            return None if encoded is None else encoded.decode()
+        except UnicodeDecodeError as error:
+            raise StageError(f"'{tensor.name}' is not valid UTF-8: {error.reason}.", param=tensor.name) from None
+
+    def encoded(self, tensor: Tensor) -> bytes | None:
+        """The same as it came. Read once, since each reading is two copies."""
+        if tensor.name not in self._encoded:
+            self._encoded[tensor.name] = self._read(tensor)
+        return self._encoded[tensor.name]
+
+    def _read(self, tensor: Tensor) -> bytes | None:
         found = pb.get_input_tensor_by_name(self._request, tensor.name)
         if found is None:
             return None
         values = found.as_numpy().reshape(-1)
         if len(values) != 1:
             raise StageError(f"'{tensor.name}' must hold one string, not {len(values)}.", param=tensor.name)
-        try:
-            return bytes(values[0]).decode()
-        except UnicodeDecodeError as error:
-            raise StageError(f"'{tensor.name}' is not valid UTF-8: {error.reason}.", param=tensor.name) from None
+        return bytes(values[0])
 
     def ids(self, tensor: Tensor) -> list[int]:
         """An INT64 [-1] input; empty if it was not sent."""
@@ -90,7 +101,7 @@ class Incoming:
 
     def brings_images(self) -> bool:
         image = pb.get_input_tensor_by_name(self._request, contracts.IMAGE.name)
-        return contracts.brings_images(self.text(contracts.MESSAGES), image)
+        return contracts.brings_images(self.encoded(contracts.MESSAGES), image)
 
     def span(self, name: str) -> tracing.Span:
         return tracing.start(name, parent=self.traceparent)

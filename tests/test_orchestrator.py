@@ -26,6 +26,8 @@ class Asked:
 
     def text(self, tensor: contracts.Tensor) -> None: ...
 
+    def encoded(self, tensor: contracts.Tensor) -> None: ...
+
     def ids(self, tensor: contracts.Tensor) -> list[int]:
         return []
 
