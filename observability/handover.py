@@ -106,9 +106,10 @@ class Receiver:
                 os.unlink(self.path)
 
     def _run(self) -> None:
+        buffer = bytearray(_MOST_BYTES)  # one: as many bytes for each datagram would leave holes in the heap
         while not self._closing:
             try:
-                datagram = self._socket.recv(_MOST_BYTES)
+                datagram = bytes(memoryview(buffer)[: self._socket.recv_into(buffer)])
             except OSError:
                 return
             if not datagram:
