@@ -51,21 +51,22 @@ class Batches(Generic[T]):
         if self._thread is None or self._idle or len(waiting) == self._most:
             self._wake()
 
-    def flush(self) -> None:
-        """Returns when all that was put in has been taken."""
+    def flush(self, timeout_s: float) -> bool:
+        """Returns when all that was put in has been taken; False if that takes longer."""
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._thread and (self._waiting or self._taking)))
+            done = self._changed.wait_for(lambda: not (self._thread and (self._waiting or self._taking)), timeout_s)
             self._flushing = False
+        return done
 
-    def close(self) -> None:
-        """Has what waits taken, and ends the thread."""
+    def close(self, timeout_s: float) -> None:
+        """Has what waits taken, and ends the thread, if that takes no longer."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread:
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def _wake(self) -> None:
         with self._changed:

@@ -54,9 +54,9 @@ class Sender:
     def send(self, trace_id: str, service: str, sampled: bool, encoded: bytes) -> None:
         self._batches.put((service, sampled, encoded))
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = _SEND_S) -> None:
         """Sends what waits, if the receiver takes it."""
-        self._batches.close()
+        self._batches.close(timeout_s)
         self._out.close()
 
     def _send(self, batch: list[tuple[str, bool, bytes]]) -> None:

@@ -57,13 +57,14 @@ class Exporter:
     def stats(self) -> dict[str, int]:
         return {"ended": self._ended, "exported": self._exported, "failed": self._failed}
 
-    def flush(self) -> None:
-        self._batches.flush()
+    def flush(self, timeout_s: float) -> bool:
+        """Exports what is waiting; False if that takes longer."""
+        return self._batches.flush(timeout_s)
 
-    def shutdown(self) -> None:
+    def close(self, timeout_s: float) -> None:
         """Sends what waits, each batch once."""
         self._closing.set()
-        self._batches.close()
+        self._batches.close(timeout_s)
 
     def _export(self, batch: list[tuple[str, bytes]]) -> None:
         resources = {service: {**self._resource, "service.name": service} for service, _ in batch}

@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import re
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
@@ -148,7 +147,7 @@ class _Recorder:
         self.sampler = sampler
         self.exporter = exporter
         self.collect = collect
-        self.close: Callable[[], object] | None = None
+        self.close: Callable[[float], object] | None = None
 
     def ended(self, span: SpanData) -> None:
         encoded = encode(span)
@@ -173,7 +172,7 @@ def configure(service_name: str, collect: Collect | None = None) -> bool:
     if _disabled(environ):
         return False
     service = named(service_name)
-    close: Callable[[], object] | None = None
+    close: Callable[[float], object] | None = None
     if collect is None and (path := environ.get(SOCKET)):
         from observability import handover
 
@@ -255,7 +254,7 @@ def stats() -> dict[str, int]:
 def flush(timeout_ms: int = 2000) -> bool:
     """Exports what is waiting; False if that took longer."""
     exporter = _recorder.exporter if _recorder else None
-    return exporter is None or _bounded(exporter.flush, timeout_ms)
+    return exporter is None or exporter.flush(timeout_ms / 1000)
 
 
 def shutdown(timeout_ms: int = 2000) -> None:
@@ -263,9 +262,9 @@ def shutdown(timeout_ms: int = 2000) -> None:
     global _recorder
     recorder, _recorder = _recorder, None
     if recorder and recorder.close:
-        _bounded(recorder.close, timeout_ms)
+        recorder.close(timeout_ms / 1000)
     if recorder and recorder.exporter:
-        _bounded(recorder.exporter.shutdown, timeout_ms)
+        recorder.exporter.close(timeout_ms / 1000)
 
 
 def modules(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -325,16 +324,6 @@ def named(service_name: str) -> str:
 
 def _given(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in attributes.items() if value is not None}
-
-
-def _bounded(action: Callable[[], Any], timeout_ms: int) -> bool:
-    thread = threading.Thread(target=action, name="tracing-flush", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # the interpreter is past starting threads, so the exporter's own is gone too
-        return False
-    thread.join(timeout_ms / 1000)
-    return not thread.is_alive()
 
 
 atexit.register(shutdown)

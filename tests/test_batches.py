@@ -46,7 +46,7 @@ def made(taken: Taken) -> Iterator[Any]:
     yield make
     taken.open.set()
     for batches in every:
-        batches.close()
+        batches.close(10)
 
 
 def test_what_comes_together_is_one_batch_and_none_is_larger_than_the_most(made, taken):
@@ -97,22 +97,31 @@ def test_too_many_are_dropped_and_counted(made, taken):
     for number in range(1, 9):
         batches.put(number)
     taken.open.set()
-    batches.flush()
+    assert batches.flush(10)
     assert (taken.all, batches.dropped) == ([0, 1, 2, 3, 4, 5], 3)
 
 
 def test_a_flush_is_over_when_all_was_taken_and_a_close_takes_what_waits(made, taken):
     batches = made(gather_s=60)
-    batches.flush()  # of nothing
+    assert batches.flush(10)  # of nothing
     for number in range(3):
         batches.put(number)
-    batches.flush()
+    assert batches.flush(10)
     assert taken.all == [0, 1, 2]
     batches.put(3)
-    batches.close()
+    batches.close(10)
     assert taken.all == [0, 1, 2, 3]
     batches.put(4)
     assert batches.dropped == 1
+
+
+def test_neither_waits_for_ever(made, taken):
+    taken.open.clear()
+    batches = made(gather_s=0)
+    batches.put(1)
+    assert not batches.flush(0.05)
+    batches.close(0.05)
+    assert taken.all == []
 
 
 def test_a_take_that_fails_is_not_the_end(caplog):
@@ -125,10 +134,10 @@ def test_a_take_that_fails_is_not_the_end(caplog):
     batches = Batches("test", take, gather_s=0, most=10, most_waiting=10)
     for number in range(2):
         batches.put(number)
-        batches.flush()
+        assert batches.flush(10)
     assert taken == [[0], [1]]
     assert [record.message for record in caplog.records] == ["test failed", "test failed"]
-    batches.close()
+    batches.close(10)
 
 
 def test_a_forked_child_has_nothing_of_its_parents(made, taken):
@@ -136,8 +145,8 @@ def test_a_forked_child_has_nothing_of_its_parents(made, taken):
     batches.put(1)
     if (child := os.fork()) == 0:
         batches.put(2)
-        batches.flush()
+        assert batches.flush(10)
         os._exit(0 if taken.all == [2] else 1)
     assert os.waitpid(child, 0)[1] == 0
-    batches.flush()
+    assert batches.flush(10)
     assert taken.all == [1]
