@@ -131,8 +131,8 @@ class Triton:
     def stubs(self) -> list[Stub]:
         """Those that run now. The backend starts one as: stub MODEL.py REGION … NAME_GROUP_INSTANCE …"""
         found = []
-        # By name and not by Path, which interns whatever it is made of: of every process that there is at every load.
-        # That makes the interpreter's table of such strings grow by a megabyte at once, after 160 loads.
+        # By name and not by Path, which interns whatever it is made of: of every process that there is, at every load.
+        # The interpreter's table of such strings grows by a megabyte, once, after 250 loads; with them it was 160.
         for pid in filter(str.isdecimal, os.listdir("/proc")):
             with contextlib.suppress(OSError, IndexError):
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
