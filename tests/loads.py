@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.processes import terminated_as_exit
 from tests.product import Product, alive
 
 SMALL = {"TRIPTYCH_TRACE_RING": "16"}  # what is kept of requests is full by the first look
@@ -51,7 +52,7 @@ def main() -> int:
     parser.add_argument("--loads", type=int, default=1000)
     parser.add_argument("--first", type=int, default=20, help="loads before the first look (default: %(default)s)")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="triptych-loads-") as name:
+    with terminated_as_exit(), tempfile.TemporaryDirectory(prefix="triptych-loads-") as name:
         folder = Path(name)
         (folder / "catalog").mkdir()
         (folder / "catalog" / "cold.toml").write_text(declared(), encoding="utf-8")
