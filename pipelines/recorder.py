@@ -93,14 +93,7 @@ class Recorder:
             return first.to_bytes() if first else b""
 
     def _begun(self, id: str, traceparent: str, inputs: Inputs, sampling: str, prompt: Prompt) -> Recording:
-        asked: Boundary = {
-            name: value
-            if isinstance(value, list)
-            else _text(value)
-            if isinstance(value, (str, bytes))
-            else _bytes(value)
-            for name, value in inputs.items()
-        }
+        asked: Boundary = {name: _asked(value) for name, value in inputs.items()}
         asked[contracts.SAMPLING.name] = sampling
         made: Boundary = {
             contracts.INPUT_IDS.name: list(prompt.input_ids),
@@ -129,6 +122,12 @@ def _steps(before: Mapping[str, int], now: Mapping[str, int]) -> str:
 def _bytes(value: Any) -> bytes:
     """Copied out of whatever holds it: the server takes its memory back."""
     return np.from_dlpack(value).tobytes()
+
+
+def _asked(value: Any) -> str | list[int] | bytes:
+    if isinstance(value, list):
+        return value
+    return _text(value) if isinstance(value, (str, bytes)) else _bytes(value)
 
 
 def _text(value: str | bytes) -> str:
