@@ -37,6 +37,7 @@ def llama():
     return build("llama")
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will no longer take: a cache by its old name
 def test_alone_it_answers_as_generate_does(fast):
     name, model = fast
     driven = engine(name)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipelines.engine.attention import why_not
 from pipelines.engine.native_layers import Joined, JoinedPart, NativeEmbedding, NativeLinear, NativeNorm
-from pipelines.engine.slots import layer_windows
+from pipelines.engine.slots import cache_name, layer_windows
 
 NAME = "triptych_step"
 
@@ -155,6 +155,7 @@ class Step(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.model.set_attn_implementation(NAME)
         self.windows = layer_windows(model.config.get_text_config())
+        self._cache_name = cache_name(model)
 
     def forward(
         self,
@@ -168,9 +169,9 @@ class Step(nn.Module):
         logits: Tensor = self.model(
             input_ids=input_ids,
             position_ids=positions[None],
-            past_key_values=_Cache(self.windows, keys, values, slots, positions),
             use_cache=True,
             logits_to_keep=wanted,
+            **{self._cache_name: _Cache(self.windows, keys, values, slots, positions)},
         ).logits
         return logits[0].float()
 

@@ -16,7 +16,7 @@ from pipelines.engine import Array, Request, attention
 from pipelines.engine.graphs import Graphs
 from pipelines.engine.scheduler import Chunk, Plan, Row
 from pipelines.engine.sight import Piece, Sight
-from pipelines.engine.slots import SlotCache, Span, Unsupported
+from pipelines.engine.slots import SlotCache, Span, Unsupported, cache_name
 from pipelines.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class FlatModel:
         if model.config is not config:  # of its halves one reads text
             self._sight = Sight(model)
             self._caller = self._sight.caller
+        self._cache_name = cache_name(self._caller)
         before = config._attn_implementation
         if before == attention.NAME:  # another engine has run it
             self._attend_by(before := "eager")
@@ -143,9 +144,9 @@ class FlatModel:
             logits: Tensor = self._caller(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=wanted,
+                **{self._cache_name: self.cache},
             ).logits
         return logits[0]
 

@@ -13,6 +13,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -131,7 +132,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """All layers' slots, in the form that transformers takes as `past_key_values`.
+    """All layers' slots, in the form that transformers takes a cache in.
 
     `dtype` is what keys and values are kept as; None is what the model computes in. `kernels` are what attention over
     it is computed by, if not by torch.
@@ -258,6 +259,11 @@ class SlotCache(Cache):  # type: ignore[misc]
     def _touch(self, slot: int, length: int) -> None:
         if self._touched.get(slot, 0) < length:
             self._touched[slot] = length
+
+
+def cache_name(model: Any) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24; the old name goes with 5.40."""
+    return "past_key_values" if "past_key_values" in signature(model.forward).parameters else "cache"
 
 
 def layer_windows(config: Any) -> list[int | None]:
