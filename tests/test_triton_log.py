@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,18 @@ def test_a_line_without_an_end_does_not_grow(tmp_path: Path, told: list[logging.
     follow(tmp_path / "log", "x" * (3 << 20) + "\n" + SERVERS)
     assert all(len(record.getMessage()) <= 1 << 16 for record in told)
     assert said(told)[-1] == ("triton", "ERROR", 'Invalid "x":\n no')
+
+
+def test_a_look_takes_little_memory(tmp_path: Path, told: list[logging.LogRecord]) -> None:
+    """It is taken five times a second, and what is large leaves gaps in the heap."""
+    tracemalloc.start()
+    try:
+        follow(tmp_path / "log", SERVERS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(told) == 1
+    assert peak < 300_000
 
 
 def test_the_logs_of_all_processes_are_one(product: Product) -> None:
