@@ -289,8 +289,8 @@ def _phases(told: Mapping[str, float], loaded_s: float) -> dict[str, float]:
 
 def resident(pid: int) -> int:
     """Bytes of memory of a process, shared pages by its share of them (proc(5), smaps_rollup: Pss)."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as lines:
+        for line in lines:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0

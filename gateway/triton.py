@@ -131,15 +131,15 @@ class Triton:
     def stubs(self) -> list[Stub]:
         """Those that run now. The backend starts one as: stub MODEL.py REGION … NAME_GROUP_INSTANCE …"""
         found = []
-        # By name and not by Path, which interns whatever it is made of: of every process that there is, at every load.
-        # The interpreter's table of such strings grows by a megabyte, once, after 250 loads; with them it was 160.
+        # By name and not by Path, which interns whatever it is made of: once the interpreter's table of such strings is
+        # full, it becomes a megabyte larger (after 160 loads, when this did so).
         for pid in filter(str.isdecimal, os.listdir("/proc")):
             with contextlib.suppress(OSError, IndexError):
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
                     words = file.read().decode(errors="replace").split("\0")
                 if words[2].startswith(self._shm) and not self._stands_in(pid):
-                    descriptor = os.pidfd_open(int(pid))
-                    found.append(Stub(int(pid), Path(words[1]).parent.parent.name, words[2], descriptor))
+                    model = words[1].split("/")[-3]
+                    found.append(Stub(int(pid), model, words[2], os.pidfd_open(int(pid))))
         return found
 
     def _stands_in(self, pid: str) -> bool:

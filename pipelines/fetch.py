@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -119,9 +121,10 @@ def _bytes_under(folder: Path) -> int:
     return sum(sizes.values())
 
 
-def size_of(file: Path) -> int:
+def size_of(file: str | Path) -> int:
     """0 of what is not a file, or is gone meanwhile."""
     try:
-        return file.stat().st_size if file.is_file() else 0
-    except OSError:
+        found = os.stat(file)
+    except (OSError, ValueError):
         return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,7 @@ class Pipeline:
 
         A home with the source's code is another one: nobody gets it by what somebody else trusts.
         """
-        files = self.source + (" and its code" if self.trust_remote_code else "")
-        unique = hashlib.sha256(files.encode()).hexdigest()[:8]
-        return cache_dir() / "weights" / f"{_slug(self.source)}-{unique}"
+        return _home(cache_dir(), self.source, self.trust_remote_code)
 
     @cached_property
     def version(self) -> str:
@@ -160,6 +158,13 @@ class Pipeline:
     def way_file(self) -> Path:
         """Where the engine wrote, when it last loaded, which way it runs the model."""
         return cache_dir() / "ways" / f"{self.name}.txt"
+
+
+@lru_cache(maxsize=1024)  # it is asked for at every request
+def _home(cache: Path, source: str, with_code: bool) -> Path:
+    files = source + (" and its code" if with_code else "")
+    unique = hashlib.sha256(files.encode()).hexdigest()[:8]
+    return cache / "weights" / f"{_slug(source)}-{unique}"
 
 
 def _slug(source: str) -> str:

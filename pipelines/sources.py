@@ -44,7 +44,8 @@ def is_pulled(pipeline: Pipeline) -> bool:
     files = _manifest(pipeline).get("files")
     if not files or not isinstance(files, dict):
         return False
-    return all(size_of(pipeline.home / name) == entry["bytes"] for name, entry in files.items())
+    home = os.fspath(pipeline.home)  # a Path of each file would intern its name, at every request
+    return all(size_of(os.path.join(home, name)) == entry["bytes"] for name, entry in files.items())
 
 
 def size_on_disk(pipeline: Pipeline) -> int:
