@@ -149,14 +149,20 @@ class Triton:
     def stop(self) -> None:
         if self._process and self.running():
             self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout=_EXIT_S + 5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._wait_for_stages(time.monotonic() + _EXIT_S + 5)
+            self._process.kill()
+            self._process.wait()
         if self.zygote:
             self.zygote.stop()
         self.clean_up()
+
+    def _wait_for_stages(self, deadline: float) -> None:
+        """The server ends them once nothing is in flight. Of itself it would go on waiting: for its next look, a second
+        later, and for what was in flight in a stage that was killed, five seconds in vain."""
+        while self.running() and time.monotonic() < deadline and (stubs := self.stubs()):
+            for stub in stubs:
+                os.close(stub.descriptor)
+            time.sleep(0.05)
 
     def clean_up(self) -> None:
         """What a server leaves that did not end well."""

@@ -140,6 +140,9 @@ def test_a_stage_that_is_killed_is_replaced(own_product: Product, stage: str) ->
     assert not events
     if stage == "generate":  # what the ensemble is without it, in the server's words and in our log
         wait_for(lambda: any("echo-slow-ensemble" in line["message"] for line in own_product.logged("triton")), 10)
+    assert own_product.stop() == 0  # and is not held up by what was in flight there, of which Triton keeps count
+    assert "Exit timeout expired" not in own_product.triton_log()
+    assert own_product.shm() == []
 
 
 @pytest.mark.parametrize("stage", ["generate", "postprocess", "orchestrator"])
