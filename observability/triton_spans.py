@@ -22,6 +22,7 @@ _PATH = "/v1/traces"
 _MOST_BYTES = 8 * 1024 * 1024
 _SETTLE_S = 0.1  # for the stages' spans of the same request to come first: by them is known whether it is sampled
 _PATIENCE_S = 30
+_CLOSES_WITHIN_S = 0.05  # the standard library looks every half a second, and an end waits for that
 
 
 class TritonSpans:
@@ -58,7 +59,9 @@ class TritonSpans:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}{_PATH}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="triton-spans", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_CLOSES_WITHIN_S,), name="triton-spans", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
