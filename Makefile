@@ -27,11 +27,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed
 	@exec $(VENV)/bin/triptych serve --port $(PORT) --triton-grpc-port $(GRPC_PORT) $(addprefix --pipeline ,$(PIPELINE))
 
-# What needs no Triton in two processes, of one thread each: they share the cores. Then what does, which has deadlines.
+# What needs no Triton in two processes, of one thread each: they share the cores. Then what does, which has deadlines:
+# two at a time as well, since most of it is waiting for servers to start, to be mended and to end.
 test: $(VENV)/.installed-dev
 	@status=0; \
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not server" -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
-	$(VENV)/bin/python -m pytest -m server || status=1; \
+	$(VENV)/bin/python -m pytest -m server -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
 	exit $$status
 
 lint: $(VENV)/.installed-dev

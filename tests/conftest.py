@@ -15,7 +15,7 @@ from gateway.settings import Settings
 from pipelines.pipeline import CATALOG, get_pipeline
 from pipelines.sources import pull
 from tests.otlp_receiver import Receiver
-from tests.product import Product
+from tests.product import SERVERS, Product
 from tests.scripted import ScriptedBackend, Server
 
 # Pipelines of the tests' own: echoes with a pace, with a small context, with one event a token.
@@ -26,29 +26,6 @@ _CATALOG = {
 }
 _KEPT = "keep_alive = -1\n"  # whatever the time between two tests: a parked one would have to be woken
 SERVED = ("smollm2-135m-instruct", "echo", *_CATALOG)
-
-# The files that start a Triton. What they wait for needs the machine: they have it to themselves (see the Makefile).
-SERVERS = {
-    "test_bench_coldstart",
-    "test_calls",
-    "test_cli",
-    "test_cold",
-    "test_dashboard",
-    "test_endpoints",
-    "test_orphaned_locks",
-    "test_overload",
-    "test_parking",
-    "test_pictures",
-    "test_processes",
-    "test_recording",
-    "test_retry",
-    "test_shapes_product",
-    "test_stack",
-    "test_trace",
-    "test_trace_command",
-    "test_triton_log",
-    "test_zygote",
-}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by it
