@@ -77,7 +77,8 @@ class Generation:
             limit, setting = limit + settings.max_image_bytes, f"{setting} and TRIPTYCH_MAX_IMAGE_BYTES"
         body = await read_body(scope, receive, limit, setting, share)
         # To parse tens of megabytes takes tens of milliseconds, in which nobody else would be served.
-        parse = asyncio.to_thread if len(body) > _LARGE_BODY else _at_once
+        large = len(body) > _LARGE_BODY
+        parse = asyncio.to_thread if large else _at_once
         request = await parse(protocol.parse_request, self.operation, body, settings.max_choices)
         pictures = sum(len(image.url) for image in image_parts(request.messages))
         if len(body) - pictures > settings.max_body_bytes:
@@ -86,6 +87,8 @@ class Generation:
         if request.model not in pipelines:
             raise model_not_found(request.model)
         check_count(request.messages, pipelines[request.model].max_images)
+        if large:
+            await asyncio.to_thread(_refuse_cut_off, request)
         return replace(request, messages=())  # its pictures are large, and need not be held twice until the answer ends
 
     async def _serve(
@@ -276,3 +279,9 @@ def _is_deep(scope: Scope) -> bool:
 def model_not_found(name: str) -> ApiError:
     shown = name if len(name) <= 80 else name[:77] + "..."
     return ApiError(404, f"The model '{shown}' does not exist.", code="model_not_found", param="model")
+
+
+def _refuse_cut_off(request: GenerationRequest) -> None:
+    from pipelines.images.early import refuse_cut_off  # 50 ms of imports, for few servers
+
+    refuse_cut_off(image_parts(request.messages))

@@ -1,5 +1,6 @@
 """Pictures in a body, and how large it may be; a backend that plays scripts."""
 
+import base64
 import http.client
 import json
 import socket
@@ -16,6 +17,8 @@ from tests.scripted import CHAT_PATH, COMPLETION_PATH, MODEL, PROMPT, ScriptedBa
 
 RED = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 WHAT = {"type": "text", "text": "What is it?"}
+# A JPEG as far as its first scan, whose pixels follow: 8 bits, 16 x 16, grey.
+HEADED = bytes.fromhex("ffd8 ffc0 000b 08 0010 0010 01 01 11 00 ffda 0008 01 01 00 00 3f 00")
 
 
 def seeing(*parts, model="seeing", **more):
@@ -62,6 +65,16 @@ def test_images_that_the_pipeline_does_not_take_are_refused_by_path(sighted, bod
     response = sighted.post(CHAT_PATH, body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == (param or "messages[0].content[1].image_url.detail")
+    assert sighted.backend.submissions == []
+
+
+def test_a_large_picture_without_its_end_goes_nowhere(sighted):
+    url = "data:image/jpeg;base64," + base64.b64encode(HEADED + bytes(1_000_000)).decode()
+    response = sighted.post(CHAT_PATH, seeing(WHAT, {"type": "image_url", "image_url": {"url": url}}))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_image")
+    assert error["param"] == "messages[0].content[1].image_url.url"
+    assert "cut off before its end" in error["message"]
     assert sighted.backend.submissions == []
 
 

@@ -7,7 +7,6 @@ one that a picture came from is a name for errors.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import (  # the plugins register themselves, here and not under the first request
@@ -21,22 +20,15 @@ from PIL import (  # the plugins register themselves, here and not under the fir
 )
 
 from pipelines.errors import StageError
-from pipelines.images import bmp, gif, jpeg, kinds, png, tiff, webp
+from pipelines.images import kinds
 from pipelines.images.colour import as_seen
 from pipelines.images.header import Header, Unreadable
+from pipelines.images.readers import read_header, refusal
 
 # Its own limit is one for the process, half a warning and half an error; ours comes first, and is the pipeline's.
 Image.MAX_IMAGE_PIXELS = None
 
 MAX_SIDE = 65_500  # libjpeg's own; nothing that a person looks at is longer
-_READERS: dict[str, Callable[[bytes], Header]] = {
-    "PNG": png.header,
-    "JPEG": jpeg.header,
-    "WEBP": webp.header,
-    "GIF": gif.header,
-    "TIFF": tiff.header,
-    "BMP": bmp.header,
-}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,22 +46,16 @@ _REDUCTIONS = (8, 4, 2)
 
 def open_picture(data: bytes, *, param: str, max_pixels: int) -> Picture:
     """Its header, read and found bearable; nothing is decoded. StageError names `param`."""
-    found = kinds.picture_format(data)
-    if not found:
-        raise _refusal(param, f"is {kinds.described(data)}: send {kinds.ACCEPTED}")
-    try:
-        header = _READERS[found](data)
-    except Unreadable as error:
-        raise _refusal(param, f"is no {kinds.said(found)} that can be read: it {error}") from None
+    header = read_header(data, param=param)
     width, height = header.size
     if not width or not height:
-        raise _refusal(param, f"is {width} x {height}: a picture needs pixels")
+        raise refusal(param, f"is {width} x {height}: a picture needs pixels")
     if width * height > max_pixels:
-        raise _refusal(
+        raise refusal(
             param, f"has {width} x {height} pixels, more than the {max_pixels} that are taken: send a smaller one"
         )
     if max(width, height) > MAX_SIDE:
-        raise _refusal(param, f"is {width} x {height}: no side may be longer than {MAX_SIDE}")
+        raise refusal(param, f"is {width} x {height}: no side may be longer than {MAX_SIDE}")
     return Picture(header, param)
 
 
@@ -106,7 +92,7 @@ class Picture:
             turn = _TURNS.get(self.header.orientation)
             return image if turn is None else image.transpose(turn)
         except Unreadable as error:
-            raise _refusal(self.param, str(error)) from None
+            raise refusal(self.param, str(error)) from None
         except MemoryError:
             raise StageError(
                 f"There is no memory now to decode '{self.param}': send it again later, or a smaller one.",
@@ -115,7 +101,7 @@ class Picture:
             ) from None
         except Exception as error:  # decoders meet broken bytes with OSError, SyntaxError, ValueError, struct.error ...
             what = f"is no {kinds.said(self.header.format)} that can be decoded: it is cut off or broken"
-            raise _refusal(self.param, what) from error
+            raise refusal(self.param, what) from error
 
     def _decoded(self, least: int | None) -> Image.Image:
         header = self.header
@@ -132,7 +118,3 @@ class Picture:
         if least is None or self.header.format != "JPEG":
             return 1
         return next((by for by in _REDUCTIONS if min(self.header.size) // by >= max(least, 1)), 1)
-
-
-def _refusal(param: str, clause: str) -> StageError:
-    return StageError(f"'{param}' {clause}.", code=kinds.INVALID, param=param)
