@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
-import ssl
 import subprocess
 import sys
 import urllib.parse
@@ -18,11 +16,12 @@ import urllib.request
 from collections.abc import Sequence
 
 from gateway import keys
+from gateway.pipelines_command import add_pipelines_arguments, pipelines_command
 from gateway.ratelimit import MAX_LIMIT, Limits
 from gateway.remote import RemoteError, RemoteGateway, write
 from gateway.settings import Settings, SettingsError
 from gateway.trace_command import add_trace_arguments, show_trace
-from pipelines.pipeline import DEFAULTS, CatalogError, Pipeline, get_pipeline, load_catalog
+from pipelines.pipeline import DEFAULTS, CatalogError, get_pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,29 +58,13 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _pipelines(options: argparse.Namespace) -> int:
-    from pipelines.sources import is_pulled, size_on_disk
-
-    states = _states(_settings(options))
-    rows = [("NAME", "STATE", "ENGINE", "SIZE", "LICENCE", "SOURCE")]
-    for pipeline in load_catalog().values():
-        pulled = is_pulled(pipeline)
-        state = states.get(pipeline.name, "pulled") if pulled else "not pulled"
-        size = f"{size_on_disk(pipeline) / 1e6:.0f} MB" if pulled else f"{pipeline.size_mb} MB to pull"
-        engine = ", ".join(filter(None, (pipeline.engine, _way(pipeline).partition(": ")[0])))
-        rows.append((pipeline.name, state, engine, size, pipeline.licence, pipeline.source))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for pipeline in load_catalog().values():
-        way, _, why = _way(pipeline).partition(": ")
-        if why:
-            print(f"{pipeline.name} runs the {way} way, one request after another in each step: {why}")
-    return 0
-
-
-def _way(pipeline: Pipeline) -> str:
-    """How the engine runs the model: `fast`, or `compatible: ` and why. Empty until it was loaded once."""
-    return pipeline.way_file.read_text() if pipeline.way_file.exists() else ""
+    settings = _settings(options)
+    try:
+        return pipelines_command(
+            options, settings.url, key=os.environ.get(keys.ADMIN_KEY, ""), certificate=settings.tls_cert
+        )
+    except RemoteError as error:
+        return _say(error)
 
 
 def _key(options: argparse.Namespace) -> int:
@@ -131,21 +114,6 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(_settings(options))
 
 
-def _states(settings: Settings) -> dict[str, str]:
-    """What a running gateway says of its pipelines; nothing if there is none, or it does not say so to us."""
-    asked = urllib.request.Request(f"{settings.url}/admin/pipelines")
-    if key := os.environ.get(keys.ADMIN_KEY, ""):
-        asked.add_header("authorization", f"Bearer {key}")
-    try:
-        context = ssl.create_default_context(cafile=settings.tls_cert) if settings.tls_cert else None
-        if context:
-            context.check_hostname = False  # the certificate is known, whatever name it is for
-        with urllib.request.urlopen(asked, timeout=2, context=context) as response:
-            return {shown["pipeline"]: shown["state"] for shown in json.load(response)["data"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def _settings(options: argparse.Namespace) -> Settings:
     given = {key: getattr(options, key, None) for key in ("host", "port")}
     port = getattr(options, "triton_grpc_port", None)
@@ -183,9 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("name", metavar="NAME")
     pull.set_defaults(run=_pull)
 
-    pipelines = commands.add_parser("pipelines", help="list the catalog: state, source, size")
-    pipelines.add_argument("--host", help="where a gateway may be running (127.0.0.1)")
-    pipelines.add_argument("--port", type=int, help="its port (8080)")
+    pipelines = commands.add_parser("pipelines", help="list the catalog, or have a pipeline loaded, parked, unloaded")
+    add_pipelines_arguments(pipelines)
     pipelines.set_defaults(run=_pipelines)
 
     key = commands.add_parser("key", help="make an API key, and the line of TRIPTYCH_API_KEYS_FILE that knows it")

@@ -35,13 +35,19 @@ class RemoteGateway:
 
     def get(self, path: str) -> Any:
         """What it answers, read as JSON."""
+        return self._json(self.fetch(path))
+
+    def post(self, path: str) -> Any:
+        return self._json(self.fetch(path, method="POST"))
+
+    def _json(self, answer: bytes) -> Any:
         try:
-            return json.loads(self.fetch(path))
+            return json.loads(answer)
         except ValueError:
             raise RemoteError(f"{self.url} answered with no JSON: is it a gateway?") from None
 
-    def fetch(self, path: str) -> bytes:
-        request = urllib.request.Request(self.url + path)
+    def fetch(self, path: str, *, method: str = "GET") -> bytes:
+        request = urllib.request.Request(self.url + path, method=method)
         if self._key:
             request.add_header("authorization", f"Bearer {self._key}")
         try:

@@ -23,7 +23,7 @@ def triptych(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_pipelines_says_what_is_ready(product: Product, catalog: Any) -> None:
-    listed = triptych("pipelines", "--port", str(product.port), TRIPTYCH_CATALOG=str(catalog))
+    listed = triptych("pipelines", "--url", product.url, TRIPTYCH_CATALOG=str(catalog))
     assert listed.returncode == 0
     rows = {line.split()[0]: line.split() for line in listed.stdout.splitlines()}
     assert rows["smollm2-135m-instruct"][1] in ("ready", "parked")  # as long as nobody asks for it
@@ -32,9 +32,28 @@ def test_pipelines_says_what_is_ready(product: Product, catalog: Any) -> None:
 
 
 def test_pipelines_without_a_gateway_still_lists() -> None:
-    listed = triptych("pipelines", "--port", str(free_port()))
+    listed = triptych("pipelines", "--url", f"http://127.0.0.1:{free_port()}")
     assert listed.returncode == 0
+    assert listed.stderr.startswith("no states: no gateway answers at http://127.0.0.1:")
     assert "ready" not in listed.stdout.split()
+
+
+def test_a_pipeline_is_told_to_go_and_to_come(product: Product) -> None:
+    def told(*words: str) -> tuple[int, list[str]]:
+        done = triptych("pipelines", *words, "--url", product.url)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    code, lines = told("unload", "echo-small")
+    assert (code, lines[0], lines[-1]) == (0, "echo-small is draining", "echo-small is cold")
+    code, lines = told("park", "echo-small")
+    assert (code, lines[0]) == (1, "echo-small is cold")
+    assert lines[-1].startswith("triptych: echo-small is not parked, but cold: nothing is done about it now")
+    code, lines = told("load", "echo-small")
+    assert (code, lines[0], lines[-1]) == (0, "echo-small is loading", "echo-small is ready")
+    assert told("pin", "echo-small") == (0, ["echo-small is ready and pinned"])
+    assert told("unpin", "echo-small") == (0, ["echo-small is ready"])
+    assert told("load", "nothing") == (1, ["triptych: There is no pipeline 'nothing'."])
+    assert told("load") == (1, ["triptych: say which pipeline shall load: triptych pipelines load NAME"])
 
 
 def test_an_unknown_pipeline_is_one_sentence() -> None:
@@ -99,7 +118,7 @@ def test_pipelines_says_which_way_a_model_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "ways").mkdir()
     (tmp_path / "ways" / "smollm2-135m-instruct.txt").write_text("fast")
     (tmp_path / "ways" / "gemma3-270m.txt").write_text("compatible: its attention takes s_aux")
-    assert main(["pipelines", "--port", "9"]) == 0
+    assert main(["pipelines", "--url", "http://127.0.0.1:9"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("smollm2-135m-instruct" in line and "transformers, fast " in line for line in lines)
     assert any("gemma3-270m" in line and "transformers, compatible " in line for line in lines)

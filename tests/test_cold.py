@@ -192,6 +192,16 @@ def test_weights_that_cannot_be_read_fail_with_their_reason_and_nothing_else_not
     wait_for(lambda: len(cold.shm()) == shm, 30)
 
 
+def test_the_command_says_why_a_load_has_failed(cold: Product, folder: Path) -> None:
+    told = triptych("pipelines", "load", "broken-weights", "--url", cold.url)
+    assert (told.returncode, told.stdout.splitlines()[0]) == (1, "broken-weights is loading")
+    assert told.stderr.startswith("triptych: broken-weights is not ready, but failed: ")
+    assert "SafetensorError" in told.stderr
+    listed = triptych("pipelines", "--url", cold.url, TRIPTYCH_CATALOG=str(folder)).stdout.splitlines()
+    (why,) = [line for line in listed if line.startswith("broken-weights failed, and is tried again in ")]
+    assert "SafetensorError" in why
+
+
 def test_a_stage_that_is_killed_while_it_loads_fails_and_comes_back(cold: Product) -> None:
     """As by the kernel, when memory runs out: in the midst of importing torch."""
     ask(cold, "cold")
