@@ -5,6 +5,9 @@ One package is compiled for all of these, by a real compiler, of a tiny model wi
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
@@ -395,3 +398,21 @@ def test_every_tensor_has_one_name():
     assert len({id(tensor) for tensor in found.values()}) == len(found) == 5
     for one, other in pairwise(sorted(found)):
         assert one != other
+
+
+def test_who_compiles_ends_with_whoever_asked_also_while_it_imports(tmp_path):
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(600)\n")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.engine.compiled_child", str(tmp_path / "none")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert child.stdout.readline() == b"importing\n"
+        child.stdin.close()
+        assert child.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.stdout.close()

@@ -137,7 +137,7 @@ class Compiled:
             compiler.command()
             self._package.parent.mkdir(parents=True, exist_ok=True)
             _write(self._package.with_suffix(".model"), dump(self._model))
-            command = [_python(), "-m", f"{__package__}.compiled_build", str(self._package)]
+            command = [_python(), "-m", f"{__package__}.compiled_child", str(self._package)]
             with self._package.with_suffix(".log").open("wb") as said:
                 self._child = subprocess.Popen(
                     command,

@@ -1,4 +1,4 @@
-"""Compiles a model's step, ahead of time, in a process of its own: `python -m pipelines.engine.compiled_build FOLDER`.
+"""Compiles a model's step, ahead of time, in a process of its own, which `compiled_child` is.
 
 Reads the model without its weights from FOLDER.model, and makes FOLDER whole or not at all:
 
@@ -7,8 +7,7 @@ Reads the model without its weights from FOLDER.model, and makes FOLDER whole or
     tensors.json the weights it asks for, by the names in `compiled_skeleton`
     constants.pt what it asks for that no model has: tensors made while it was traced
 
-Where the model cannot be a step, FOLDER.refused says why, and nobody tries again. Whoever starts this keeps its
-standard input open: when that ends, so does this, with the compilers it runs. Nobody imports it.
+Where the model cannot be a step, FOLDER.refused says why, and nobody tries again.
 """
 
 from __future__ import annotations
@@ -19,10 +18,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +39,6 @@ _MOST = 1 << 20  # of any size that may change
 
 
 def main() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.nice(19)
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     with folder.with_suffix(".lock").open("w") as lock:
@@ -149,13 +144,3 @@ def _compile(module: Any, inputs: Any, compiler: str, scratch: Path) -> Path:
 def _first_line(error: Exception) -> str:
     said = str(error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {said}"
-
-
-def _end_with_parent() -> None:
-    """Standard input is a pipe that the parent keeps open, and the compilers are in this process's group."""
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()
