@@ -42,12 +42,15 @@ def pipelines_command(options: argparse.Namespace, local: str, *, key: str = "",
 
 def _list(gateway: RemoteGateway) -> int:
     """Without a gateway, what is on this machine."""
+    running: dict[str, Any] = {}
+    broken: dict[str, str] = {}
     try:
         told = gateway.get("/admin/pipelines")
-        running = {shown["pipeline"]: shown for shown in told["data"]}
+        running, broken = {shown["pipeline"]: shown for shown in told["data"]}, told["broken_files"]
     except RemoteError as error:
         print(f"no states: {error}", file=sys.stderr)
-        told, running = {}, {}
+    except (KeyError, TypeError):
+        print(f"no states: {gateway.url} is no gateway, by what it answers: name one with --url", file=sys.stderr)
     catalog = load_catalog()
     rows: list[tuple[str, ...]] = [("NAME", "STATE", "MEMORY", "ENGINE", "SIZE", "LICENCE", "SOURCE")]
     rows += [_row(pipeline, running.get(pipeline.name, {})) for pipeline in catalog.values()]
@@ -58,7 +61,7 @@ def _list(gateway: RemoteGateway) -> int:
         if shown["reason"]:
             again = f", and is tried again in {shown['retry_in_s']:.0f} s" if shown["retry_in_s"] is not None else ""
             print(f"{name} {shown['state']}{again}: {shown['reason']}")
-    for file, why in told.get("broken_files", {}).items():
+    for file, why in broken.items():
         print(f"{file} is left as it was: {why}")
     for pipeline in catalog.values():
         way, _, why = _way(pipeline).partition(": ")

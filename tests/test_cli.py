@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -36,6 +38,25 @@ def test_pipelines_without_a_gateway_still_lists() -> None:
     assert listed.returncode == 0
     assert listed.stderr.startswith("no states: no gateway answers at http://127.0.0.1:")
     assert "ready" not in listed.stdout.split()
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b'{"data": [{}], "broken_files": {}}', b"hello"])
+def test_pipelines_beside_another_server_still_lists(answer: bytes, capsys: Any) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        assert main(["pipelines", "--url", url]) == 0
+    shown = capsys.readouterr()
+    assert any(line.startswith("echo ") for line in shown.out.splitlines())
+    assert shown.err.startswith(f"no states: {url} ")
 
 
 def test_a_pipeline_is_told_to_go_and_to_come(product: Product) -> None:
